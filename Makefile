@@ -1,0 +1,35 @@
+# Every target makes .venv first when it is missing or older than the pinned versions.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# A path to real recordings for `make demo`; empty = synthesise a small corpus.
+DATA ?=
+OUT ?= demo
+
+.PHONY: demo test check bench format clean
+demo: $(VENV)/.ready
+	$(BIN)/kymo demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/load.py
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(OUT)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""LoRA adapters per task, bundles, prediction, publishing."""

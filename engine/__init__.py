@@ -1,0 +1,1 @@
+"""The data engine: recordings in, UCS-tagged shards out."""

@@ -1,0 +1,1 @@
+"""Entry points: YAML in, one function called."""

@@ -1,0 +1,1 @@
+"""The floor: vocabulary, configuration, corpora, recipes and the shard format."""

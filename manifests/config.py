@@ -1,0 +1,224 @@
+"""YAML in, a validated configuration out, and the header that every run folder starts with.
+
+The loader follows the YAML 1.2 core schema and refuses duplicate keys: under PyYAML's default rules `3e-4`
+is a string, `22:30` is 1350, `no` is False, and the last of two equal keys wins in silence.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from manifests.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+PACKAGES = ("adapters", "engine", "jobs", "manifests", "trainer")
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """SafeLoader with the scalars of the YAML 1.2 core schema and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first])
+_CoreLoader.yaml_implicit_resolvers.setdefault("", []).append(
+    ("tag:yaml.org,2002:null", re.compile(r"^$"))  # an empty value is null
+)
+_CoreLoader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda _, node: int(node.value, 0) if re.match(r"0[ox]", node.value) else int(node.value),
+)
+_CoreLoader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda _, node: float(re.sub(r"\.(inf|nan)$", r"\1", node.value.lower())),
+)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Value of a YAML text under the 1.2 core schema; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_CoreLoader)  # noqa: S506 (a SafeLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Mapping in a YAML file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    value = parse_yaml(text, where=str(path))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, a mapping of keys is expected")
+    return cast("dict[str, Any]", value)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text of plain data, keys in their order."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Copy of `data` with each `a.b=value` set; the value is read as YAML."""
+    result = json.loads(json.dumps(data))
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"override {override!r}: expected key=value, for example optimizer.lr=3e-4")
+        node = result
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        node[last] = parse_yaml(text, where=f"override {override!r}")
+    return result
+
+
+def _field_names(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Valid keys of the section that holds the last item of `location`, as far as the types tell."""
+    current: list[type[BaseModel]] = [model]
+    for part in location[:-1]:
+        following: list[type[BaseModel]] = []
+        for candidate in current:
+            if candidate.__name__ == part:  # a union's member
+                following.append(candidate)
+            field = candidate.model_fields.get(str(part))
+            if field is not None:
+                following.extend(_models_in(field.annotation))
+        current = following or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    lines: list[str] = []
+    for item in error.errors():
+        dotted = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            valid = _field_names(model, item["loc"])
+            near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=3, cutoff=0.5)
+            hint = f"nearest: {', '.join(near)}" if near else f"valid keys: {', '.join(valid)}"
+            lines.append(f"{where}: {dotted}: no such key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {dotted}: this key is required; add it")
+        else:
+            lines.append(f"{where}: {dotted}: {item['input']!r}: {item['msg']}")
+    return "\n".join(lines)
+
+
+def validate(model: type[ConfigT], data: Mapping[str, Any], *, where: str) -> ConfigT:
+    """`data` as a `model`; a ConfigError lists every fault with the nearest valid keys."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, where)) from None
+
+
+def load_config(model: type[ConfigT], path: Path | str, overrides: Sequence[str] = ()) -> ConfigT:
+    """Configuration read from a YAML file; precedence: defaults < YAML < `key=value` overrides.
+
+    Raises:
+        ConfigError: A file that cannot be read, a wrong key or a wrong value.
+    """
+    return validate(model, apply_overrides(read_yaml(path), overrides), where=str(path))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of plain data as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 (hex) over the source files and tables of the five packages."""
+    root = Path(__file__).resolve().parent.parent
+    sha = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in {".py", ".yaml"}:
+                sha.update(path.relative_to(root).as_posix().encode())
+                sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def code_version() -> dict[str, str]:
+    """What ran: package version, digest of the sources, git revision if there is one, interpreter."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        version = metadata.version("kymo")
+    except metadata.PackageNotFoundError:  # a Ray job ships the folder, not the distribution
+        version = "unknown"
+    return {
+        "kymo": version,
+        "code_digest": code_digest(),
+        "git": git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+    }
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside `path`, flush it to the disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def start_run(run_dir: Path | str, config: BaseModel) -> None:
+    """Write the resolved `config.yaml` and `version.json` into a run folder, before anything else."""
+    run_dir = Path(run_dir)
+    write_atomically(run_dir / "config.yaml", dump_yaml(config.model_dump(mode="json")))
+    write_atomically(run_dir / "version.json", json.dumps(code_version(), indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Order, loading, models, objectives and the training loop."""
