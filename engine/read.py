@@ -1,0 +1,60 @@
+"""Readers by the name that a corpus file gives; each decides by a file's content, never by its suffix."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from engine.readers import edf
+from engine.recording import Recording
+from manifests.errors import ConfigError, RecordingError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A file format: headers and annotations cheaply, signals on demand."""
+
+    read_header: Callable[[Path, Mapping[str, object]], Recording]
+    read_signals: Callable[[Recording, Sequence[int]], list[np.ndarray]]
+
+
+READERS: dict[str, Reader] = {
+    "edf": Reader(read_header=edf.read_header, read_signals=edf.read_signals),
+}
+
+
+def read_header(path: Path, reader: str, layout: Mapping[str, object] | None = None) -> Recording:
+    """Channels, segments and annotations of a file; no signal is read.
+
+    Args:
+        path: The recording, for WFDB its `.hea`.
+        reader: A key of `READERS`.
+        layout: Options of a reader for files that do not describe themselves (`text`, `epochs_mat`).
+
+    Raises:
+        ConfigError: No such reader, or a layout that breaks its schema.
+        RecordingError: The file cannot be used.
+    """
+    if reader not in READERS:
+        raise ConfigError(f"reader {reader!r}: expected one of {', '.join(READERS)}")
+    try:
+        recording = READERS[reader].read_header(path, layout or {})
+    except OSError as error:
+        raise RecordingError("NOT_A_RECORDING", f"{path}: {error.strerror or error}") from error
+    return replace(recording, extra={**recording.extra, "reader": reader})
+
+
+def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarray]:
+    """Channels by `Channel.index`: float32 (num_samples,) in the header's unit, NaN where a sample is missing.
+
+    Segments stand one after another. An uncalibrated channel comes as digital values.
+
+    Raises:
+        RecordingError: The signals cannot be decoded.
+        ValueError: An index that is no channel of the recording.
+    """
+    known = {channel.index for channel in recording.channels}
+    if not known.issuperset(indices):
+        raise ValueError(f"{recording.path}: no channels {sorted(set(indices) - known)}; it has {sorted(known)}")
+    return READERS[recording.extra["reader"]].read_signals(recording, indices)

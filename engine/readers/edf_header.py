@@ -1,0 +1,233 @@
+"""The header of EDF, EDF+, BDF and BDF+ files, declared as a field table that code walks.
+
+Source: Kemp et al. 1992 (EDF), Kemp and Olivan 2003 (EDF+, https://www.edfplus.info/specs), BioSemi (BDF).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO
+
+from manifests.errors import RecordingError
+
+FILE_FIELDS = (
+    ("version", 8),
+    ("patient", 80),
+    ("recording", 80),
+    ("start_date", 8),
+    ("start_time", 8),
+    ("header_bytes", 8),
+    ("reserved", 44),
+    ("num_records", 8),
+    ("record_duration", 8),
+    ("num_signals", 4),
+)
+SIGNAL_FIELDS = (
+    ("label", 16),
+    ("transducer", 80),
+    ("unit", 8),
+    ("physical_min", 8),
+    ("physical_max", 8),
+    ("digital_min", 8),
+    ("digital_max", 8),
+    ("prefilter", 80),
+    ("num_samples", 8),
+    ("reserved", 32),
+)
+ANNOTATION_LABELS = ("EDF Annotations", "BDF Annotations")
+
+_FILE_BYTES = _SIGNAL_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """One signal of the header. physical = digital * gain + offset; offset_samples counts from a record's start."""
+
+    index: int
+    label: str
+    unit: str
+    prefilter: str
+    num_samples: int
+    offset_samples: int
+    gain: float
+    offset: float
+    calibrated: bool
+
+    @property
+    def is_annotation(self) -> bool:
+        """Whether it holds time-stamped lists instead of samples."""
+        return self.label in ANNOTATION_LABELS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What the fixed part of the file says, after repair; num_records is -1 where it says nothing."""
+
+    kind: str
+    sample_bytes: int
+    data_start: int
+    num_records: int
+    record_duration: Fraction
+    signals: tuple[Signal, ...]
+    start_time: str
+
+    @property
+    def record_bytes(self) -> int:
+        """Length of one data record in bytes."""
+        return self.sample_bytes * sum(signal.num_samples for signal in self.signals)
+
+    @property
+    def annotation_signals(self) -> tuple[Signal, ...]:
+        """Signals that hold annotations, in file order."""
+        return tuple(signal for signal in self.signals if signal.is_annotation)
+
+
+def parse_header(stream: BinaryIO, where: str, repairs: list[str]) -> Header:
+    """Header at the start of a stream; what had to be repaired is appended to `repairs`.
+
+    Raises:
+        RecordingError: `NOT_A_RECORDING`, `TRUNCATED` or `HEADER_INVALID`.
+    """
+    fixed = stream.read(_FILE_BYTES)
+    sample_bytes = _sample_bytes(fixed, where)
+    fields = dict(_walk(fixed, FILE_FIELDS, 1))
+    text = {name: _text(values[0], name, repairs) for name, values in fields.items()}
+    num_signals = _integer(text["num_signals"], "number of signals", where)
+    table = stream.read(num_signals * _SIGNAL_BYTES) if num_signals > 0 else b""
+    if num_signals < 1 or len(table) < num_signals * _SIGNAL_BYTES:
+        raise RecordingError(
+            "TRUNCATED" if num_signals > 0 else "HEADER_INVALID",
+            f"{where}: {num_signals} signals in the header, but {len(table)} bytes follow it; "
+            f"each signal needs {_SIGNAL_BYTES}",
+        )
+    expected_bytes = _FILE_BYTES + num_signals * _SIGNAL_BYTES
+    if text["header_bytes"] != str(expected_bytes):
+        repairs.append(f"header byte count {text['header_bytes']!r} replaced by {expected_bytes}")
+    duration = _fraction(text["record_duration"], "record duration", repairs)
+    if duration is None or duration < 0:
+        raise RecordingError(
+            "HEADER_INVALID", f"{where}: record duration {text['record_duration']!r} is not a time in seconds"
+        )
+    num_records = re.fullmatch(r"-?\d+", text["num_records"])
+    columns = dict(_walk(table, SIGNAL_FIELDS, num_signals))
+    rows = [{name: values[index] for name, values in columns.items()} for index in range(num_signals)]
+    _check_start_date(text["start_date"], repairs)
+    return Header(
+        kind=("EDF", "BDF")[sample_bytes - 2] + _plus(text["reserved"]),
+        sample_bytes=sample_bytes,
+        data_start=expected_bytes,
+        num_records=int(num_records.group()) if num_records else -1,
+        record_duration=duration,
+        signals=tuple(_parse_signals(rows, where, repairs)),
+        start_time=_start_time(text["start_time"], repairs),
+    )
+
+
+def _sample_bytes(fixed: bytes, where: str) -> int:
+    """2 for EDF, 3 for BDF, by the first eight bytes; the suffix of a file is not asked."""
+    if fixed[:1] == b"\xff" and fixed[1:8].upper() == b"BIOSEMI":
+        sample_bytes = 3
+    elif fixed[:8].strip(b" \0") == b"0":
+        sample_bytes = 2
+    else:
+        what = "a git-lfs pointer; fetch the file itself" if b"git-lfs" in fixed else f"begins with {fixed[:8]!r}"
+        raise RecordingError(
+            "NOT_A_RECORDING", f"{where}: {what}; EDF begins with '0' and blanks, BDF with 0xFF BIOSEMI"
+        )
+    if len(fixed) < _FILE_BYTES:
+        raise RecordingError("TRUNCATED", f"{where}: {len(fixed)} bytes; a header has at least {_FILE_BYTES}")
+    return sample_bytes
+
+
+def _walk(data: bytes, fields: Sequence[tuple[str, int]], count: int) -> Iterator[tuple[str, list[bytes]]]:
+    """Each field's name and its `count` values, which stand one after another in an EDF header."""
+    position = 0
+    for name, width in fields:
+        yield name, [data[position + i * width : position + (i + 1) * width] for i in range(count)]
+        position += width * count
+
+
+def _parse_signals(rows: Sequence[Mapping[str, bytes]], where: str, repairs: list[str]) -> Iterator[Signal]:
+    offset_samples = 0
+    for index, row in enumerate(rows):
+        name = f"signal {index}"
+        text = {key: _text(value, f"{name} {key}", repairs) for key, value in row.items()}
+        num_samples = _integer(text["num_samples"], f"{name}: samples per record", where)
+        if num_samples < 0:
+            raise RecordingError("HEADER_INVALID", f"{where}: {name}: {num_samples} samples per record")
+        limits = [
+            _fraction(text[key], f"{name} {key}", repairs)
+            for key in ("physical_min", "physical_max", "digital_min", "digital_max")
+        ]
+        gain, offset, calibrated = _calibration(limits)
+        if not calibrated and text["label"] not in ANNOTATION_LABELS:
+            shown = [None if limit is None else float(limit) for limit in limits]
+            repairs.append(f"{name} {text['label']!r} has no gain (limits {shown}): digital values, uncalibrated")
+        yield Signal(
+            index=index,
+            label=text["label"],
+            unit=text["unit"],
+            prefilter=text["prefilter"],
+            num_samples=num_samples,
+            offset_samples=offset_samples,
+            gain=gain,
+            offset=offset,
+            calibrated=calibrated,
+        )
+        offset_samples += num_samples
+
+
+def _calibration(limits: Sequence[Fraction | None]) -> tuple[float, float, bool]:
+    """Gain, offset and whether they mean anything. A negative gain inverts, as the standard's formula says."""
+    physical_min, physical_max, digital_min, digital_max = limits
+    if physical_min is None or physical_max is None or digital_min is None or digital_max is None:
+        return 1.0, 0.0, False
+    if physical_min == physical_max or digital_min == digital_max:
+        return 1.0, 0.0, False
+    gain = (physical_max - physical_min) / (digital_max - digital_min)
+    return float(gain), float(physical_min - gain * digital_min), True
+
+
+def _text(raw: bytes, name: str, repairs: list[str]) -> str:
+    if b"\0" in raw:
+        repairs.append(f"{name}: NUL bytes read as blanks")
+        raw = raw.replace(b"\0", b" ")
+    return raw.decode("latin-1").strip()
+
+
+def _integer(text: str, name: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RecordingError("HEADER_INVALID", f"{where}: {name} is {text!r}, not a whole number") from None
+
+
+def _fraction(text: str, name: str, repairs: list[str]) -> Fraction | None:
+    if "," in text and "." not in text:
+        repairs.append(f"{name}: decimal comma in {text!r} read as a point")
+        text = text.replace(",", ".")
+    try:
+        return None if "/" in text else Fraction(text)
+    except ValueError:
+        return None
+
+
+def _plus(reserved: str) -> str:
+    return reserved[3:5] if reserved[:5] in {"EDF+C", "EDF+D", "BDF+C", "BDF+D"} else ""
+
+
+def _start_time(text: str, repairs: list[str]) -> str:
+    """HH:MM:SS, or empty where the header's time of day does not exist; hence clock times are then unusable."""
+    match = re.fullmatch(r"(\d\d?)[.:](\d\d?)[.:](\d\d?)", text)
+    if match and int(match[1]) < 24 and int(match[2]) < 60 and int(match[3]) < 60:
+        return ":".join(part.zfill(2) for part in match.groups())
+    repairs.append(f"start time {text!r} does not exist: left empty")
+    return ""
+
+
+def _check_start_date(text: str, repairs: list[str]) -> None:
+    """Only noted: the date of a recording is personal data and goes nowhere."""
+    match = re.fullmatch(r"(\d\d?)[.:/-](\d\d?)[.:/-](\d\d)", text)
+    if not (match and 1 <= int(match[1]) <= 31 and 1 <= int(match[2]) <= 12):
+        repairs.append(f"start date {text!r} does not exist: not used")
