@@ -1,0 +1,63 @@
+"""Where a channel is measured, as a vector: Fourier code of both electrodes plus learned site and kind."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from manifests.channels import KINDS, positions, site_ids
+
+
+class PositionCode(nn.Module):
+    """Code of a channel from its anode, cathode and kind, one vector of `width` each.
+
+    Per axis, sine and cosine of `num_frequencies` log-spaced frequencies for anode and cathode, so left differs
+    from right and C3-M2 from M2-C3. Sites without coordinates (belts, `average`, no cathode) contribute none. The
+    learned site embeddings start small: a montage that training never met still gets the code of its geometry.
+    """
+
+    def __init__(self, width: int, *, num_frequencies: int = 6) -> None:
+        super().__init__()
+        # Not persistent: a pure function of the UCS table, whose digest every checkpoint carries.
+        table_SF = torch.from_numpy(fourier_features(positions(), num_frequencies=num_frequencies))
+        self.register_buffer("features_SF", table_SF, persistent=False)
+        self.xyz = nn.Linear(2 * table_SF.shape[1], width)
+        self.anode = nn.Embedding(site_ids(), width, padding_idx=0)
+        self.cathode = nn.Embedding(site_ids(), width, padding_idx=0)
+        self.kind = nn.Embedding(len(KINDS), width)
+        self.norm = nn.LayerNorm(width)
+        with torch.no_grad():
+            self.anode.weight[1:].normal_(std=0.02)
+            self.cathode.weight[1:].normal_(std=0.02)
+            self.kind.weight.normal_(std=0.3)
+
+    def forward(self, anode_BC: torch.Tensor, cathode_BC: torch.Tensor, kind_BC: torch.Tensor) -> torch.Tensor:
+        """Code of shape (*ids.shape, width) of int64 site ids and kind indices."""
+        features = torch.cat([self.features_SF[anode_BC], self.features_SF[cathode_BC]], dim=-1)
+        summed = self.xyz(features.to(self.xyz.weight.dtype))
+        summed = summed + self.anode(anode_BC) + self.cathode(cathode_BC) + self.kind(kind_BC)
+        return self.norm(nn.functional.gelu(summed))
+
+
+def fourier_features(xyz_S3: np.ndarray, *, num_frequencies: int) -> np.ndarray:
+    """Features of every site, float32 (sites, 6 K + 1): per axis K sines and K cosines, then 1 if xyz is known.
+
+    Frequencies are pi/4 x 2^k per unit of head radius: the slowest has a period of 8 radii, so no two sites on or
+    near the head share a phase. Rows of unknown coordinates are zeros.
+    """
+    frequencies_K = (math.pi / 4) * 2.0 ** np.arange(num_frequencies)
+    known_S1 = np.isfinite(xyz_S3).all(axis=1, keepdims=True)
+    phase_SA = (np.nan_to_num(xyz_S3.astype(np.float64))[:, :, None] * frequencies_K).reshape(len(xyz_S3), -1)
+    features = np.concatenate([np.sin(phase_SA), np.cos(phase_SA), known_S1], axis=1)
+    return (features * known_S1).astype(np.float32)
+
+
+def time_code(num_tokens: int, width: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Sinusoidal code of token order, (num_tokens, width), for any number of tokens (Vaswani et al. 2017)."""
+    half = (width + 1) // 2
+    rates = torch.exp(torch.arange(half, device=like.device) * (-math.log(10_000.0) / max(1, half)))
+    phase = torch.arange(num_tokens, device=like.device)[:, None] * rates
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)[:, :width].to(like.dtype)

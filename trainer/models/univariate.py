@@ -1,0 +1,116 @@
+"""Univariate encoder (One Model for All, arXiv 2511.08444): every channel by itself, 16 tokens at any rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from trainer.batches import ChannelBatch, Encoded
+from trainer.models.attention import Block, masked_mean
+from trainer.models.position import PositionCode
+from trainer.models.sleep import with_one_real
+from trainer.models.tokenizers import ArtTokenizer
+
+
+class UnivariateEncoderConfig(BaseModel):
+    """Sizes of a UnivariateEncoder. The defaults are the tiny one that trains on two CPU cores.
+
+    For real runs: width 200, depth 4-6, 8 heads, conv_channels 32/64/128. `channel_code` and `rate_code` build the
+    embeddings of channel and rate; what pretraining does with them is the objective's `id_leak_guard`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["univariate"] = "univariate"
+    width: int = Field(default=64, ge=8)
+    depth: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    hidden_ratio: int = Field(default=2, ge=1)
+    num_tokens: int = Field(default=16, ge=1)
+    conv_channels: tuple[int, ...] = (16, 32, 64)
+    conv_kernels: tuple[int, ...] = (15, 7, 5)
+    conv_strides: tuple[int, ...] = (2, 2, 1)
+    channel_code: bool = False
+    rate_code: bool = False
+    num_frequencies: int = Field(default=6, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class RateCode(nn.Module):
+    """Code of a sampling rate, (D,): a linear map of sines and cosines of its octave above 1 Hz."""
+
+    def __init__(self, width: int, *, num_frequencies: int) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.project = nn.Linear(2 * num_frequencies, width)
+
+    def forward(self, rate_hz: float) -> torch.Tensor:
+        """Code of a rate in Hz."""
+        weight = self.project.weight
+        octave = math.log2(rate_hz)
+        frequencies = (math.pi / 16) * 2.0 ** torch.arange(self.num_frequencies, device=weight.device)
+        return self.project(torch.cat([(octave * frequencies).sin(), (octave * frequencies).cos()]).to(weight.dtype))
+
+
+class UnivariateEncoder(nn.Module):
+    """One vector per window and one per token: the mean over channels that were each encoded alone.
+
+    `position` is None unless the config asks for `channel_code`.
+    """
+
+    def __init__(self, config: UnivariateEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.width
+        self.temporal_encoder = ArtTokenizer(
+            config.width,
+            num_tokens=config.num_tokens,
+            channels=config.conv_channels,
+            kernels=config.conv_kernels,
+            strides=config.conv_strides,
+        )
+        self.token_code = nn.Embedding(config.num_tokens, config.width)
+        nn.init.normal_(self.token_code.weight, std=0.1)
+        frequencies = config.num_frequencies
+        self.position = PositionCode(config.width, num_frequencies=frequencies) if config.channel_code else None
+        self.rate = RateCode(config.width, num_frequencies=frequencies) if config.rate_code else None
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                num_heads=config.num_heads,
+                hidden=config.hidden_ratio * config.width,
+                dropout=config.dropout,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, batch: ChannelBatch, *, code_keep_BC: torch.Tensor | None = None) -> Encoded:
+        """Pooled (B, D) and tokens (B, num_tokens, D), zeros for a window without channels.
+
+        Args:
+            batch: Windows of one rate.
+            code_keep_BC: Factor on the channel and rate codes; None keeps them. Zeros hide the identity of a channel
+                while every module still runs, as ZeRO-3 needs.
+        """
+        real_BC = with_one_real(batch.mask_BC)
+        tokens_NPD = self.temporal_encoder(batch.signal_BCT[real_BC])
+        tokens_NPD = tokens_NPD + self.token_code(torch.arange(tokens_NPD.shape[1], device=tokens_NPD.device))
+        keep_N1 = None if code_keep_BC is None else code_keep_BC[real_BC][:, None].to(tokens_NPD.dtype)
+        if self.position is not None:
+            code_ND = self.position(batch.anode_BC[real_BC], batch.cathode_BC[real_BC], batch.kind_BC[real_BC])
+            tokens_NPD = tokens_NPD + (code_ND if keep_N1 is None else code_ND * keep_N1)[:, None, :]
+        if self.rate is not None:
+            code_1D = self.rate(batch.rate_hz)[None, :]
+            tokens_NPD = tokens_NPD + (code_1D if keep_N1 is None else code_1D * keep_N1)[:, None, :]
+        for block in self.blocks:
+            tokens_NPD = block(tokens_NPD)
+        tokens_NPD = self.norm(tokens_NPD)
+        tokens_BCPD = tokens_NPD.new_zeros(*real_BC.shape, *tokens_NPD.shape[1:])
+        tokens_BCPD[real_BC] = tokens_NPD
+        tokens_BPD = masked_mean(tokens_BCPD, batch.mask_BC)
+        return Encoded(tokens_BPD.mean(dim=1), tokens_BPD)
