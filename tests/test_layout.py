@@ -77,7 +77,7 @@ def test_the_floor_stands_on_the_standard_library_numpy_pydantic_and_pyyaml() ->
         ("peft", lambda name: name.partition(".")[0] == "adapters"),
     ],
 )
-def test_a_library_is_imported_only_where_allowed(library: str, allowed) -> None:  # noqa: ANN001
+def test_a_library_is_imported_only_where_allowed(library: str, allowed) -> None:
     users = {name for name, targets in TOP_LEVEL.items() if library in targets}
     assert users, f"nothing imports {library}: is the rule still needed?"
     assert not {name for name in users if not allowed(name)}

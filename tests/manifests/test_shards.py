@@ -40,7 +40,7 @@ def test_npy_data_start_at_a_multiple_of_64() -> None:
 
 
 def test_array_from_npy_refuses_foreign_bytes() -> None:
-    with pytest.raises(ContractError, match="not a .npy member"):
+    with pytest.raises(ContractError, match=r"not a .npy member"):
         array_from_npy(b"RIFF" + bytes(200))
 
 

@@ -1,0 +1,75 @@
+"""The command line: `kymo VERB`. A verb reads a YAML, calls one function and shows what came out.
+
+Exit codes: 0 complete, 1 a bug, 2 wrong configuration or input, 3 complete with quarantine within the budget,
+4 quarantine over the budget, 5 an artefact that breaks its contract, 130 interrupted.
+"""
+
+import sys
+
+import typer
+
+from jobs import adapter_verbs, data_verbs, machine_verbs, trainer_verbs
+from jobs.console import console, set_up_logging
+from manifests.errors import ConfigError, ContractError, RecordingError
+
+app = typer.Typer(
+    name="kymo",
+    help="EEG, ECG and sleep recordings → UCS-tagged shards → pretraining → LoRA adapters → bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every step.")) -> None:
+    """EEG, ECG and sleep recordings → UCS-tagged shards → pretraining → LoRA adapters → bundles."""
+    set_up_logging(verbose=verbose)
+
+
+DATA, TRAINING, ADAPTERS, MACHINE = "Data", "Pretraining", "Adapters", "Machine"
+for panel, verb in (
+    (DATA, data_verbs.scan),
+    (DATA, data_verbs.plan),
+    (DATA, data_verbs.convert),
+    (DATA, data_verbs.status),
+    (DATA, data_verbs.verify),
+    (DATA, data_verbs.report),
+    (DATA, data_verbs.preview),
+    (TRAINING, trainer_verbs.pretrain),
+    (TRAINING, trainer_verbs.evaluate),
+    (ADAPTERS, adapter_verbs.adapt),
+    (ADAPTERS, adapter_verbs.predict),
+    (ADAPTERS, adapter_verbs.publish),
+    (MACHINE, machine_verbs.demo),
+    (MACHINE, machine_verbs.doctor),
+    (MACHINE, machine_verbs.submit),
+):
+    app.command(rich_help_panel=panel)(verb)
+
+
+def main() -> None:
+    """Run a verb; an error that the operator must act on is one message, not a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        console.print(f"[bold red]wrong input:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(2)
+    except RecordingError as error:
+        console.print(f"[bold red]recording refused ({error.reason}):[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(2)
+    except ContractError as error:
+        console.print(f"[bold red]broken artefact:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(5)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on")
+        sys.exit(130)
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

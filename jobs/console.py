@@ -1,0 +1,48 @@
+"""What a person sees in a terminal: tables, a progress bar, log lines."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+# Numbers are aligned right, everything else left.
+RIGHT = {"recordings", "hours", "count", "share", "bytes", "windows", "units", "value", "n"}
+
+console = Console()
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; nothing at all when it has no rows."""
+    rows = list(rows)
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(table)
+
+
+def hours_progress() -> Progress:
+    """Progress bar that counts hours of signal; tasks carry `rate` (hours/s) and `eta` as fields."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.2f}/{task.total:.2f} h"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[eta]}"),
+        console=console,
+    )
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """One handler for the whole process; a library of kymo only calls getLogger."""
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for package in ("adapters", "engine", "jobs", "manifests", "trainer"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
