@@ -1,0 +1,81 @@
+"""Rows of all ranks as one tensor, with gradient. The identity without a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_sizes(num_rows: int, *, device: torch.device | str) -> list[int]:
+    """Number of rows of every rank, which may differ."""
+    if world_size() == 1:
+        return [num_rows]
+    own = torch.tensor([num_rows], dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(sizes, own)
+    return [int(size) for size in torch.cat(sizes).tolist()]
+
+
+def all_gather_rows(rows: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
+    """Rows of all ranks in rank order, without gradient. `sizes` spares a call when already known."""
+    if world_size() == 1:
+        return rows.detach()
+    sizes = gather_sizes(len(rows), device=rows.device) if sizes is None else sizes
+    # Bool is not a type of every backend, and ranks must send equal shapes: pad to the longest, cut on arrival.
+    sent = rows.detach().to(torch.uint8) if rows.dtype == torch.bool else rows.detach()
+    padded = sent.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = sent
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)]).to(rows.dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather forward; sum over ranks and own slice backward.
+
+    Own function because torch's differentiable gathers were renamed or deprecated in three releases in a row, and
+    re-inserting the own slice into a gather without gradient is wrong by 26-50 % under DeepSpeed's mean reduction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.sizes = sizes
+        return all_gather_rows(rows, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        start = sum(ctx.sizes[: rank()])
+        return summed[start : start + ctx.sizes[rank()]], None
+
+
+def all_gather_with_grad(rows: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
+    """Rows of all ranks in rank order; the gradient of every rank's loss flows back to the owner of a row.
+
+    Every rank must call it, with any number of rows (0 included), and run backward through it.
+    """
+    if world_size() == 1:
+        return rows
+    sizes = gather_sizes(len(rows), device=rows.device) if sizes is None else sizes
+    return _GatherRows.apply(rows, sizes)  # pyright: ignore[reportReturnType]  # torch leaves apply untyped
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over ranks, without gradient."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
