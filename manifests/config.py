@@ -95,20 +95,38 @@ def dump_yaml(value: Any) -> str:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Copy of `data` with each `a.b=value` set; the value is read as YAML."""
+    """Copy of `data` with each `a.b=value` set, the value read as YAML; `a.0.b` reaches into a list."""
     result = json.loads(json.dumps(data))
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"override {override!r}: expected key=value, for example optimizer.lr=3e-4")
-        node = result
         *parents, last = dotted.split(".")
+        node: Any = result
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-        node[last] = parse_yaml(text, where=f"override {override!r}")
+            node = _child(node, parent, override)
+        value = parse_yaml(text, where=f"override {override!r}")
+        if isinstance(node, list):
+            node[_list_index(node, last, override)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise ConfigError(f"override {override!r}: {parents[-1]!r} is a value, not a section")
     return result
+
+
+def _child(node: Any, name: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, name, override)]
+    if isinstance(node, dict):
+        return node.setdefault(name, {})
+    raise ConfigError(f"override {override!r}: nothing can stand below {name!r}; its parent is a value")
+
+
+def _list_index(node: list[Any], name: str, override: str) -> int:
+    if not name.isdecimal() or int(name) >= len(node):
+        raise ConfigError(f"override {override!r}: {name!r} is no index of a list of {len(node)}; count from 0")
+    return int(name)
 
 
 def _field_names(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -96,6 +96,14 @@ def test_an_override_must_be_key_equals_value() -> None:
         apply_overrides({}, ["steps"])
 
 
+def test_overrides_reach_into_lists() -> None:
+    data = {"sources": [{"root": "a"}, {"root": "b"}]}
+    assert apply_overrides(data, ["sources.1.root=c"])["sources"] == [{"root": "a"}, {"root": "c"}]
+    for wrong in ("sources.2.root=c", "sources.first.root=c", "sources.0.root.deeper=c"):
+        with pytest.raises(ConfigError, match="override"):
+            apply_overrides(data, [wrong])
+
+
 def test_overrides_leave_the_original_alone() -> None:
     data = {"a": {"b": 1}}
     assert apply_overrides(data, ["a.b=2"]) == {"a": {"b": 2}}
