@@ -1,0 +1,94 @@
+"""Configuration of an adaptation run: encoder, tasks with their snapshots, LoRA, optimizer."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Anchored on full paths: a bare suffix such as `proj` or `all-linear` would also wrap the temporal encoder.
+LORA_TARGETS = r"blocks\.\d+\.(attn\.(q|k|v|o)|fc1|fc2)"
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSpec(_Strict):
+    """One LoRA adapter: W + (alpha / r) B A on every layer whose full path matches `targets`.
+
+    The default covers q, k, v, o and both feed-forward layers of each block (MTEEG needs attention and
+    feed-forward; r = 8 was best there).
+    """
+
+    r: Positive = 8
+    alpha: Positive = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: str = LORA_TARGETS
+
+
+class TaskRun(_Strict):
+    """A task in a run: its name or YAML path, its snapshots (one recipe), windows per step."""
+
+    task: str
+    snapshots: Annotated[list[str], Field(min_length=1)]
+    batch: Positive = 32
+
+
+class AdaptOptimizer(_Strict):
+    """AdamW with warm-up and cosine decay. LoRA takes no weight decay: it is a low-rank change already."""
+
+    lr_lora: Annotated[float, Field(ge=0)] = 1e-3
+    lr_head: Annotated[float, Field(ge=0)] = 2e-3
+    lr_temporal: Annotated[float, Field(ge=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    clip_norm: Annotated[float, Field(gt=0)] = 3.0
+
+
+class Card(_Strict):
+    """What the model card says that cannot be read off the run.
+
+    Attributes:
+        licence: Of the weights, an id of the hub's list; `other` until the holder of the data has decided.
+        intended_use: Sentences for the card.
+    """
+
+    title: str = "kymo adapters"
+    licence: str = "other"
+    authors: list[str] = []
+    intended_use: str = "Research on EEG, ECG and sleep recordings like those named under Data."
+
+
+class AdaptConfig(_Strict):
+    """An adaptation run.
+
+    Attributes:
+        run_dir: Folder of the run; the same command in the same folder continues it.
+        encoder: Folder of an exported encoder (`encoder.safetensors`, `encoder.json`).
+        steps: Optimizer steps; each takes one batch of every task, always in the same order.
+        keep: `best` = the evaluated step with the highest mean of the tasks' primary metric on `val`.
+        eval_windows: At most so many windows per task and split are scored.
+        threads: CPU threads; results are bit-identical for equal numbers only.
+    """
+
+    run_dir: str
+    encoder: str
+    tasks: Annotated[list[TaskRun], Field(min_length=1)]
+    steps: Positive = 200
+    lora: LoraSpec = LoraSpec()
+    optimizer: AdaptOptimizer = AdaptOptimizer()
+    seed: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["best", "last"] = "best"
+    log_every: Positive = 10
+    eval_every: Positive = 50
+    checkpoint_every: Positive = 50
+    eval_windows: Positive = 1000
+    threads: Positive = 2
+    card: Card = Card()
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> "AdaptConfig":
+        if self.keep == "best" and self.eval_every > self.steps:
+            raise ValueError(f"keep best needs an evaluation: eval_every {self.eval_every} > steps {self.steps}")
+        return self

@@ -1,0 +1,182 @@
+"""Labelled windows of a task: which samples of its snapshots carry one of its labels, and in what order they come.
+
+A class is a stream of the trainer's order, so that balancing classes is a mixture: reproducible by position, and no
+window is read that has no label.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from adapters.config import TaskRun
+from adapters.tasks import Task, chosen_symbols, lacking, window_labels
+from manifests.errors import ConfigError
+from manifests.recipes import Recipe
+from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
+from trainer.data import Address, Order, SampleFilter, SnapshotSource, Stream, load_streams
+from trainer.read import SnapshotReader, Window
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ["key", "split", "subject", "symbols", "stage", "classes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Windows of one split that carry a label of the task.
+
+    Attributes:
+        streams: One per class and corpus under cross_entropy, one per corpus under bce; empty = no window.
+        targets: Key to class indices: one under cross_entropy, any number under bce.
+        subjects: Key to hashed subject.
+        counts: Windows per label.
+        left_out: Reason to number of windows left out.
+    """
+
+    streams: tuple[Stream, ...]
+    targets: dict[str, tuple[int, ...]]
+    subjects: dict[str, str]
+    counts: dict[str, int]
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskData:
+    """What a task learns from: its snapshots, whose recipe they share, and its windows by split."""
+
+    task: Task
+    batch: int
+    snapshots: tuple[Snapshot, ...]
+    recipe: dict[str, Any]
+    splits: dict[str, Labelled]
+
+
+def load_task_data(task: Task, run: TaskRun) -> TaskData:
+    """Labelled windows of a task in every split.
+
+    Raises:
+        ConfigError: Snapshots of different recipes, a kind that the recipe lacks, kinds of different rates, or a
+            label without a window in `train`.
+    """
+    snapshots = tuple(load_snapshot(path) for path in run.snapshots)
+    if len({snapshot.recipe_digest for snapshot in snapshots}) > 1:
+        found = ", ".join(f"{path}: {s.recipe['id']}" for path, s in zip(run.snapshots, snapshots, strict=True))
+        raise ConfigError(f"task {task.id}: snapshots of different recipes ({found}); use one recipe per task")
+    _check_recipe(task, snapshots[0].recipe)
+    splits = {split: _labelled(task, run, split=split) for split in ("train", "val", "test")}
+    train = splits["train"]
+    if missing := [label for label in task.labels if not train.counts[label]]:
+        raise ConfigError(
+            f"task {task.id}: no training window for {', '.join(missing)} in {', '.join(run.snapshots)} "
+            f"(windows per label: {train.counts}, left out: {train.left_out}); "
+            "add recordings or take the label out of the task's YAML"
+        )
+    for split, labelled in splits.items():
+        if not len(labelled):
+            logger.warning("task %s: no labelled window in split %s; it is not scored there", task.id, split)
+    return TaskData(task=task, batch=run.batch, snapshots=snapshots, recipe=snapshots[0].recipe, splits=splits)
+
+
+def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
+    kinds = Recipe.model_validate(recipe).kinds
+    if absent := [kind for kind in task.min_channels if kind not in kinds]:
+        raise ConfigError(
+            f"task {task.id}: needs {', '.join(absent)}, recipe {recipe['id']} has {', '.join(kinds)}; "
+            "convert with another recipe"
+        )
+    if len({kinds[kind].rate_hz for kind in task.kinds if kind in kinds}) > 1:
+        rates = {kind: kinds[kind].rate_hz for kind in task.kinds if kind in kinds}
+        raise ConfigError(f"task {task.id}: kinds of different rates {rates} in recipe {recipe['id']}")
+
+
+def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
+    targets: dict[str, tuple[int, ...]] = {}
+    subjects: dict[str, str] = {}
+    left_out: Counter[str] = Counter()
+    for path in run.snapshots:
+        table = pq.read_table(Path(path) / SAMPLES_FILE, columns=COLUMNS)
+        for row in table.to_pylist():
+            if row["split"] != split:
+                continue
+            labels = window_labels(task, stage=row["stage"], classes=row["classes"] or ())
+            reason = _unusable(task, labels, row["symbols"])
+            if reason:
+                left_out[reason] += 1
+                continue
+            targets[row["key"]] = tuple(sorted(task.labels.index(label) for label in labels))
+            subjects[row["key"]] = f"{row['subject']}"
+    counts = Counter(task.labels[index] for indices in targets.values() for index in indices)
+    return Labelled(
+        streams=_streams(task, run, split=split, targets=targets) if targets else (),
+        targets=targets,
+        subjects=subjects,
+        counts={label: counts[label] for label in task.labels},
+        left_out=dict(left_out),
+    )
+
+
+def _unusable(task: Task, labels: frozenset[str], symbols: Sequence[str]) -> str:
+    """Why a window cannot be used; empty = it can."""
+    if not labels:
+        return "no label of the task"
+    if len(labels) > 1 and task.loss == "cross_entropy":
+        return "two labels of the task"
+    return "channels missing" if lacking(task, chosen_symbols(task, symbols)) else ""
+
+
+def _streams(task: Task, run: TaskRun, *, split: str, targets: dict[str, tuple[int, ...]]) -> tuple[Stream, ...]:
+    """Streams cut by class, each weighted by n^balance of its class, shared among corpora as they come."""
+    sources = [SnapshotSource(path=path) for path in run.snapshots]
+    streams: list[Stream] = []
+    sizes = Counter(indices for indices in targets.values())
+    for stream in load_streams(sources, split=split, keep=SampleFilter()):
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, key in enumerate(stream.keys):
+            if key in targets:
+                group = targets[key] if task.loss == "cross_entropy" else ()
+                groups.setdefault(group, []).append(row)
+        for group in sorted(groups):
+            rows = np.asarray(groups[group])
+            total = sizes[group] if group else len(targets)
+            weight = total ** (task.balance if group else 1.0) * len(rows) / total
+            streams.append(
+                replace(
+                    stream,
+                    keys=stream.keys[rows],
+                    shard=stream.shard[rows],
+                    offset=stream.offset[rows],
+                    num_bytes=stream.num_bytes[rows],
+                    weight=weight,
+                )
+            )
+    return tuple(streams)
+
+
+def spread_addresses(labelled: Labelled, *, limit: int) -> list[Address]:
+    """At most `limit` windows of a split, evenly spread over each stream, always the same ones."""
+    addresses: list[Address] = []
+    for index, stream in enumerate(labelled.streams):
+        share = max(1, round(limit * len(stream) / len(labelled))) if len(labelled) > limit else len(stream)
+        rows = np.unique(np.linspace(0, len(stream) - 1, num=min(share, len(stream))).round().astype(int))
+        addresses += [Address(stream=index, position=int(row), epoch=0, row=int(row)) for row in rows]
+    return addresses
+
+
+def read_spread(labelled: Labelled, *, limit: int, batch: int, seed: int) -> list[list[Window]]:
+    """Batches of the windows of `spread_addresses`; held in memory by the caller, so keep `limit` modest."""
+    addresses = spread_addresses(labelled, limit=limit)
+    order = Order(labelled.streams, seed=seed, global_batch=batch)
+    reader = SnapshotReader(labelled.streams)
+    try:
+        return [reader.read(addresses[first : first + batch], order=order) for first in range(0, len(addresses), batch)]
+    finally:
+        reader.close()

@@ -1,0 +1,140 @@
+"""What a task is: labels, the raw labels they come from, channels, view and loss. One YAML each in `tasks/`."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from manifests.channels import KINDS
+from manifests.config import load_config
+from manifests.corpora import STAGES
+from manifests.errors import ConfigError
+
+TASKS_DIR = Path(__file__).resolve().parent / "tasks"
+
+# Longer than any module name of an encoder; `adapters.model` refuses those that still collide.
+TaskId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{1,62}$")]
+MetricName = Literal["balanced_accuracy", "macro_f1", "kappa", "auroc"]
+
+
+class Task(BaseModel):
+    """A task. Snapshots are named by the run, so one task serves any corpus that has its labels.
+
+    Attributes:
+        target: Where labels stand in a sample: `stage` (of the window) or `classes` (of the recording).
+        labels: Classes in the order of the head's outputs.
+        map: Raw label to class; null = known and left out. Raw labels that are not listed are left out too.
+        kinds: Kinds the model sees, all of one rate.
+        channels: Symbols the model sees; null = every channel of `kinds`.
+        min_channels: Least number of channels per kind that a recording must have.
+        view: Normalisation, a name in `trainer.views.VIEWS`.
+        loss: `cross_entropy` (exactly one class a window) or `bce` (each class is a yes or no of its own).
+        balance: Classes are drawn in proportion to n^balance: 0 = equally often, 1 = as they come. Needs
+            `cross_entropy`; `bce` draws windows as they come.
+        class_weights: Weight of each class in the loss; null = 1 each.
+        primary: Metric that chooses the best step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: TaskId
+    title: str
+    target: Literal["stage", "classes"]
+    labels: Annotated[list[str], Field(min_length=1)]
+    map: dict[str, str | None]
+    kinds: Annotated[list[str], Field(min_length=1)]
+    channels: list[str] | None = None
+    min_channels: dict[str, Annotated[int, Field(ge=1)]]
+    view: str = "zscore"
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
+    class_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    primary: MetricName = "balanced_accuracy"
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, value: list[str]) -> list[str]:
+        if unknown := [kind for kind in value if kind not in KINDS]:
+            raise ValueError(f"{', '.join(unknown)}: expected some of {', '.join(KINDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_and_map_agree(self) -> "Task":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels {self.labels}: a label stands twice")
+        if self.loss == "cross_entropy" and len(self.labels) < 2:
+            raise ValueError("cross_entropy needs two labels or more; use bce for a single yes or no")
+        named = {label for label in self.map.values() if label is not None}
+        if named != set(self.labels):
+            raise ValueError(
+                f"map: labels {sorted(set(self.labels) - named)} come from no raw label and "
+                f"{sorted(named - set(self.labels))} are not in labels"
+            )
+        if self.class_weights is not None and set(self.class_weights) != set(self.labels):
+            raise ValueError(f"class_weights: give a weight to each of {self.labels}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_are_stages(self) -> "Task":
+        if self.target == "stage":
+            if unknown := sorted(set(self.map) - set(STAGES)):
+                raise ValueError(f"map: {', '.join(unknown)} not among the stages {', '.join(STAGES)}")
+            if self.map.get("?") is not None:
+                raise ValueError("map: '?' means unscored and must be null; it is never a class")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_can_be_met(self) -> "Task":
+        if not self.min_channels or not set(self.min_channels) <= set(self.kinds):
+            raise ValueError(f"min_channels {self.min_channels}: name one or more of the kinds {self.kinds}")
+        if self.channels is not None:
+            for kind, least in self.min_channels.items():
+                offered = sum(symbol.startswith(f"{kind}:") for symbol in self.channels)
+                if offered < least:
+                    raise ValueError(f"min_channels asks for {least} of {kind}, channels offers {offered} of that kind")
+        return self
+
+
+@cache
+def task_names() -> tuple[str, ...]:
+    """Ids of the tasks that ship with kymo, sorted."""
+    return tuple(sorted(path.stem for path in TASKS_DIR.glob("*.yaml")))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Task by the name of a shipped file, or by the path of one's own YAML.
+
+    Raises:
+        ConfigError: No such task, or a file that breaks the schema.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        path = TASKS_DIR / f"{name_or_path}.yaml"
+        if not path.exists():
+            raise ConfigError(
+                f"task {str(name_or_path)!r}: not shipped; known: {', '.join(task_names())}; "
+                "or give the path of a YAML file"
+            )
+    task = load_config(Task, path)
+    if path.parent == TASKS_DIR and task.id != path.stem:
+        raise ConfigError(f"{path}: id {task.id!r} differs from the file's name")
+    return task
+
+
+def window_labels(task: Task, *, stage: str | None, classes: Sequence[str]) -> frozenset[str]:
+    """Classes of the task that a window carries; empty = none, several = ambiguous under cross_entropy."""
+    raw = ([] if stage is None else [stage]) if task.target == "stage" else classes
+    return frozenset(label for label in map(task.map.get, raw) if label is not None)
+
+
+def chosen_symbols(task: Task, symbols: Sequence[str]) -> dict[str, list[str]]:
+    """Channels of a recording that the task's model would see, by kind."""
+    seen = symbols if task.channels is None else [symbol for symbol in symbols if symbol in task.channels]
+    return {kind: [symbol for symbol in seen if symbol.startswith(f"{kind}:")] for kind in task.kinds}
+
+
+def lacking(task: Task, chosen: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Kinds of which a recording has too few channels, with the number the task needs."""
+    return {kind: least for kind, least in task.min_channels.items() if len(chosen.get(kind, ())) < least}

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
+
+from adapters.scores import score_classes, score_yes_no
+
+RNG = np.random.default_rng(0)
+
+
+def guesses(truth: np.ndarray, size: int, *, right: float) -> np.ndarray:
+    probabilities = RNG.dirichlet(np.ones(size), len(truth))
+    return probabilities + right * RNG.random((len(truth), 1)) * np.eye(size)[truth]
+
+
+def test_values_are_those_of_scikit_learn():
+    truth = RNG.integers(0, 5, 400)
+    probabilities = guesses(truth, 5, right=0.8)
+    guess = probabilities.argmax(axis=1)
+    scores = score_classes(truth, probabilities, labels=list("WABCD"), subjects=[str(i % 8) for i in range(400)])
+    values = {name: entry["value"] for name, entry in scores["metrics"].items()}
+    assert values == pytest.approx(
+        {
+            "balanced_accuracy": balanced_accuracy_score(truth, guess),
+            "macro_f1": f1_score(truth, guess, average="macro"),
+            "kappa": cohen_kappa_score(truth, guess),
+        }
+    )
+    assert scores["n"] == 400
+    assert scores["subjects"] == 8
+    assert scores["metrics"]["balanced_accuracy"]["chance"] == pytest.approx(0.2)
+    for entry in scores["metrics"].values():
+        low, high = entry["ci95"]
+        assert low < entry["value"] < high
+
+
+def test_binary_balanced_accuracy_is_not_plain_accuracy():
+    truth = np.array([0] * 90 + [1] * 10)
+    probabilities = np.tile([0.9, 0.1], (100, 1))
+    scores = score_classes(truth, probabilities, labels=["no", "yes"], subjects=["a", "b"] * 50)
+    assert scores["metrics"]["balanced_accuracy"]["value"] == pytest.approx(0.5)
+    assert scores["metrics"]["kappa"]["value"] == pytest.approx(0.0)
+    always = scores["metrics"]["macro_f1"]
+    assert always["value"] == pytest.approx(always["chance"])
+
+
+def test_binary_tasks_have_auroc():
+    truth = RNG.integers(0, 2, 200)
+    probabilities = guesses(truth, 2, right=0.5)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    scores = score_classes(truth, probabilities, labels=["a", "b"], subjects=[str(i % 5) for i in range(200)])
+    entry = scores["metrics"]["auroc"]
+    assert entry["value"] == pytest.approx(roc_auc_score(truth, probabilities[:, 1]))
+    assert entry["ci95"][0] < entry["value"] < entry["ci95"][1]
+
+
+def test_interval_counts_subjects_and_not_windows():
+    """Two subjects, one all right, one all wrong: windows are many, yet nothing is known."""
+    truth = np.tile([0, 1], 500)
+    right = np.arange(1000) < 500
+    probabilities = np.eye(2)[np.where(right, truth, 1 - truth)]
+    scores = score_classes(truth, probabilities, labels=["a", "b"], subjects=np.where(right, "x", "y").tolist())
+    assert scores["metrics"]["balanced_accuracy"]["ci95"] == [0.0, 1.0]
+
+
+def test_one_subject_and_absent_classes_give_no_nonsense():
+    truth = np.zeros(20, dtype=int)
+    probabilities = np.tile([0.2, 0.5, 0.3], (20, 1))
+    scores = score_classes(truth, probabilities, labels=["a", "b", "c"], subjects=["x"] * 20)
+    assert scores["metrics"]["balanced_accuracy"] == {"value": 0.0, "chance": 1.0, "ci95": None}
+    assert scores["metrics"]["kappa"]["value"] is None
+    assert scores["support"] == {"a": 20, "b": 0, "c": 0}
+
+
+def test_yes_no_labels_average_over_those_with_both_answers():
+    truth = np.stack([RNG.integers(0, 2, 100), np.zeros(100, dtype=int)], axis=1)
+    probabilities = np.stack([0.8 * truth[:, 0] + 0.1, np.full(100, 0.2)], axis=1)
+    scores = score_yes_no(truth, probabilities, labels=["a", "b"], subjects=[str(i % 4) for i in range(100)])
+    assert scores["metrics"]["auroc"]["value"] == pytest.approx(1.0)
+    assert scores["metrics"]["balanced_accuracy"]["value"] == pytest.approx(1.0)
+    assert "auroc" not in scores["per_label"]["b"]

@@ -1,0 +1,88 @@
+import pytest
+
+from adapters.tasks import Task, chosen_symbols, lacking, load_task, task_names, window_labels
+from manifests.config import validate
+from manifests.errors import ConfigError
+
+BASE = {
+    "id": "demo",
+    "title": "Demo",
+    "target": "stage",
+    "labels": ["W", "N3"],
+    "map": {"W": "W", "N3": "N3", "?": None},
+    "kinds": ["eeg"],
+    "min_channels": {"eeg": 1},
+}
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_shipped_task_validates(name):
+
+    from trainer.views import VIEWS
+
+    task = load_task(name)
+    assert isinstance(task, Task)
+    assert task.view in VIEWS
+
+
+def test_the_three_tasks_of_the_first_landing_are_shipped():
+    assert {"sleep_staging", "rhythm", "wake_deep"} <= set(task_names())
+
+
+def test_unscored_epoch_never_becomes_a_class():
+    for name in ("sleep_staging", "wake_deep"):
+        assert window_labels(load_task(name), stage="?", classes=()) == frozenset()
+
+    with pytest.raises(ConfigError, match="unscored and must be null"):
+        validate(Task, {**BASE, "map": {"W": "W", "N3": "N3", "?": "W"}}, where="x.yaml")
+
+
+def test_wake_deep_takes_two_stages_only():
+    task = load_task("wake_deep")
+    assert [set(window_labels(task, stage=s, classes=())) for s in ("W", "N3", "N2", "R", None)] == [
+        {"wake"}, {"deep"}, set(), set(), set(),
+    ]  # fmt: skip
+
+
+def test_rhythm_reads_snomed_codes_and_sees_conflicts():
+    task = load_task("rhythm")
+    assert window_labels(task, stage=None, classes=["426783006", "55930002"]) == {"sinus"}
+    assert window_labels(task, stage=None, classes=["164889003", "164890007"]) == {"af"}
+    assert window_labels(task, stage=None, classes=["426177001", "426783006"]) == {"bradycardia", "sinus"}
+    assert window_labels(task, stage="W", classes=["55930002"]) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["W", "N3", "R"]}, "come from no raw label"),
+        ({"labels": ["W"], "map": {"W": "W"}}, "two labels or more"),
+        ({"map": {"W": "W", "N3": "N3", "Wake": "W"}}, "not among the stages"),
+        ({"min_channels": {"emg": 1}}, "name one or more of the kinds"),
+        ({"kinds": ["meg"]}, "expected some of"),
+        ({"id": "Demo"}, "pattern"),
+        ({"id": "a/b"}, "pattern"),
+        ({"channels": ["eeg:C3-M2"], "min_channels": {"eeg": 2}}, "channels offers 1"),
+        ({"class_weights": {"W": 1.0}}, "a weight to each"),
+        ({"lables": []}, "nearest: labels"),
+    ],
+)
+def test_faults_are_named(change, message):
+
+    with pytest.raises(ConfigError, match=message):
+        validate(Task, {**BASE, **change}, where="x.yaml")
+
+
+def test_unknown_task_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"known: .*sleep_staging"):
+        load_task("staging")
+
+
+def test_channels_are_chosen_by_kind_and_by_symbol():
+    task = load_task("sleep_staging")
+    symbols = ["eeg:C3-M2", "eog:E1-M2", "ecg:II"]
+    assert chosen_symbols(task, symbols) == {"eeg": ["eeg:C3-M2"], "eog": ["eog:E1-M2"], "emg": []}
+    assert lacking(task, chosen_symbols(task, symbols)) == {}
+    assert lacking(task, chosen_symbols(task, ["ecg:II"])) == {"eeg": 1}
+    narrow = task.model_copy(update={"channels": ["eeg:C4-M1"]})
+    assert lacking(narrow, chosen_symbols(narrow, symbols)) == {"eeg": 1}
