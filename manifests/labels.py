@@ -26,9 +26,11 @@ MAX_LABEL_CHARS = 80
 ELECTRICAL = ("eeg", "eog", "emg", "ecg")
 """Kinds measured between two electrodes, where a reference belongs to the channel."""
 
+_REFERENCE = "reference"  # stands as the kind of a reference token while a label is read
 _EARS = ("M1", "M2", "A1", "A2")
 _LINKED = {frozenset({"M1", "M2"}): "linked_mastoid", frozenset({"A1", "A2"}): "linked_ears"}
-_TYPE_WORD = re.compile(r"(eeg|eog|emg|ecg|ekg|resp)[\s:_\-.]+(.+)")
+_TYPE_WORDS = ("eeg", "eog", "emg", "ecg", "ekg", "resp")
+_TYPE_WORD = re.compile(rf"({'|'.join(_TYPE_WORDS)})[\s:_\-.]+(.+)")
 _SEPARATOR = re.compile(r"\s*[-:/_]\s*|\s+")
 _COPY = re.compile(r"(.+)-[01]")  # MNE numbers equal labels from 0
 _RATE = re.compile(r"(.+)\.\d+m?s")  # ResMed: `Flow.40ms`, `SpO2.1s`
@@ -95,7 +97,7 @@ def _reason(text: str, vocabulary: Vocabulary) -> str:
         return excluded[0]
     if all(part in vocabulary.references for part in parts):
         return "a reference without an electrode"
-    if all(_reference(part, vocabulary) for part in parts):
+    if len(parts) > 1 and all(_reference(part, vocabulary) for part in parts):
         return "names sites of several kinds, or the same site twice"
     if any(part.isdigit() for part in parts):
         return "a number of an input, no electrode or sensor named"
@@ -114,13 +116,12 @@ def _read(text: str, vocabulary: Vocabulary) -> Reading | None:
 
 
 def _site(text: str, vocabulary: Vocabulary) -> Reading | None:
-    key = text.rstrip(". ")
-    if (site := vocabulary.electrodes.get(key)) is not None:
-        return Reading(kind="eeg", anode=site, rule="site")
-    squeezed = squeeze(text)
+    squeezed, key = squeeze(text), text.rstrip(". ")
     known = vocabulary.labels.get(squeezed)
     if known is not None:
         return known if isinstance(known, Reading) else None
+    if (site := vocabulary.electrodes.get(key)) is not None:
+        return Reading(kind="eeg", anode=site, rule="site")
     if (site := vocabulary.sensors.get(squeezed)) is not None:
         return Reading(kind=vocabulary.kinds[site], anode=site, rule="site")
     match = _MIDLINE_COPY.fullmatch(key)
@@ -130,17 +131,17 @@ def _site(text: str, vocabulary: Vocabulary) -> Reading | None:
 
 
 def _reference(text: str, vocabulary: Vocabulary) -> Reading | None:
-    """The right side of a pair: a token (kind `other`), linked ears, an electrode or its copy."""
+    """The right side of a pair: a reference token, linked ears, an electrode or its copy."""
     key = text.rstrip(". ")
     if (token := vocabulary.references.get(key)) is not None:
-        return Reading(kind="other", anode=token, rule="site")
+        return Reading(kind=_REFERENCE, anode=token, rule="site")
     if found := _site(text, vocabulary):
         return found
     if match := _EAR_COPY.fullmatch(key):
         return Reading(kind="eeg", anode=vocabulary.electrodes[match[1]], rule="site+copy")
     linked = _joined(key, vocabulary)
     if linked and (token := _LINKED.get(frozenset({linked.anode, str(linked.cathode)}))):
-        return Reading(kind="other", anode=token, rule="site")
+        return Reading(kind=_REFERENCE, anode=token, rule="site")
     return None
 
 
@@ -152,9 +153,9 @@ def _typed(word: str, rest: str, vocabulary: Vocabulary) -> Reading | None:
         return None
     if found is None:  # `EMG-REF`, `ECG EKG-REF`
         token = vocabulary.references.get(rest) if default.kind in ELECTRICAL else None
-        return _derive(default, Reading(kind="other", anode=token, rule="site"), "+typed") if token else None
+        return _derive(default, Reading(kind=_REFERENCE, anode=token, rule="site"), "+typed") if token else None
     if default.kind in ("eeg", found.kind):
-        return replace(found, rule=found.rule + "+typed")
+        return replace(found, rule=found.rule.removesuffix("+typed") + "+typed")
     if found.anode in _EARS and found.cathode is None:  # `EMG M1`: some muscle against the mastoid
         return _derive(default, found, "+typed")
     is_eye = default.kind == "eog" and found.kind == "eeg"  # `EOG Fp1`
@@ -170,7 +171,7 @@ def _splits(text: str) -> Iterator[tuple[str, str, bool]]:
 def _pair(text: str, vocabulary: Vocabulary) -> Reading | None:
     for left, right, is_blank in _splits(text):
         cathode = _reference(right, vocabulary)
-        if cathode is None or left in ("eeg", "eog", "emg", "ecg", "ekg", "resp"):
+        if cathode is None or left in _TYPE_WORDS:
             continue
         anode = _site(left, vocabulary)
         if anode is None and cathode.kind == "eeg":
@@ -186,11 +187,10 @@ def _derive(anode: Reading, cathode: Reading, suffix: str = "") -> Reading | Non
     """Anode minus cathode, of one kind, or None where the two do not go together."""
     rule = "pair" + ("+copy" if "+copy" in anode.rule + cathode.rule else "") + suffix
     if anode.kind not in ELECTRICAL:
-        if cathode.kind == "other":  # a belt has no electrical reference: `RESP ABDOMEN-REF`
+        if cathode.kind == _REFERENCE:  # a belt has no electrical reference: `RESP ABDOMEN-REF`
             return replace(anode, rule=rule)
         return Reading(kind=anode.kind, anode="unknown", rule=rule) if anode.kind == cathode.kind else None
-    kinds = {anode.kind, cathode.kind} - {"other"}
-    kind = _one_kind(kinds)
+    kind = _one_kind({anode.kind, cathode.kind} - {_REFERENCE})
     if kind is None:
         return None
     if anode.anode == cathode.anode:
@@ -203,9 +203,7 @@ def _one_kind(kinds: set[str]) -> str | None:
     special = kinds - {"eeg"}
     if not special:
         return "eeg"
-    if special == {"eog"} or (len(special) == 1 and special <= set(ELECTRICAL)):
-        return next(iter(special))
-    return None
+    return next(iter(special)) if len(special) == 1 and special <= set(ELECTRICAL) else None
 
 
 def _joined(text: str, vocabulary: Vocabulary) -> Reading | None:
@@ -223,16 +221,17 @@ def _multi(text: str, vocabulary: Vocabulary) -> Reading | None:
     anode at most. Electrodes of several kinds (`F3:M2:E1:M1`) stay unread, ears and mastoids apart.
     """
     separators = re.findall(r"[-:/_]", text)
-    sites = [_site(part.strip(), vocabulary) for part in re.split(r"[-:/_]", text)]
+    parts = [part.strip() for part in re.split(r"[-:/_]", text)]
+    sites = [_site(part, vocabulary) for part in parts if part not in _TYPE_WORDS]
     named = [site for site in sites if site is not None and site.kind in ELECTRICAL]
-    if not 3 <= len(sites) <= 4 or len(named) != len(sites):
+    if not 3 <= len(parts) <= 4 or len(named) != len(parts):
         return None
     kinds = {site.kind for site in named if site.anode not in _EARS}
     if len(kinds) > 1:
         return None
     kind = next(iter(kinds), "eeg")
     anode, others = named[0].anode, frozenset(site.anode for site in named[1:])
-    if len(sites) == 4 or anode in _EARS or anode == "unknown":
+    if len(parts) == 4 or anode in _EARS or anode == "unknown":
         return Reading(kind=kind, anode="unknown", rule="compound")
     cathode = _LINKED.get(others, "unknown") if len(set(separators)) == 1 else "unknown"
     return Reading(kind=kind, anode=anode, cathode=cathode, rule="multi")
