@@ -1,11 +1,15 @@
 """Verbs of the data engine: scan, plan, convert, status, verify, report, preview."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from jobs.console import console, show_table
+from jobs.console import console, hours_progress, show_table
 from manifests.config import load_config
+
+if TYPE_CHECKING:
+    from engine.config import ConvertConfig
 
 ConfigPath = typer.Argument(help="YAML of the run.", metavar="CONFIG")
 Overrides = typer.Argument(None, help="key=value, e.g. num_cpus=8", metavar="[KEY=VALUE]...")
@@ -24,10 +28,8 @@ def scan(
     from engine import scan as engine_scan
     from engine.config import Source
 
-    if corpus:
-        result = engine_scan.scan([Source(corpus=corpus, root=folder)])
-    else:
-        result = engine_scan.scan_folder(folder)
+    sources = [Source(corpus=corpus, root=folder)] if corpus else []
+    result = engine_scan.scan(sources) if corpus else engine_scan.scan_folder(folder)
     show_scan(result.corpus_rows(), result.channel_rows()[: limit or None], result.rate_rows()[: limit or None])
     unresolved = result.unresolved_rows()
     show_table(
@@ -90,3 +92,110 @@ def plan(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
     show_table("units", ("unit", "recordings", "hours", "MB", "state"), cells)
     hours, megabytes = sum(row["hours"] for row in rows), sum(row["megabytes"] for row in rows)
     console.print(f"{len(rows)} units, {hours:.2f} h, about {megabytes:,.0f} MB into {settings.output}")
+
+
+def convert(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
+    """Convert recordings to shards with Ray Data. Run the same command again to resume.
+
+    Exit code 3: some recordings are in quarantine, within the budget; 4: over the budget, no snapshot.
+
+    Example: kymo convert jobs/configs/convert_psg.yaml num_cpus=2
+    """
+    from engine.config import ConvertConfig
+
+    code = run_conversion(load_config(ConvertConfig, config, overrides or ()))
+    raise typer.Exit(code)
+
+
+def run_conversion(settings: "ConvertConfig") -> int:
+    """Exit code of a conversion, shown with a progress bar and a closing table."""
+    from engine import pipeline
+
+    bar = hours_progress()
+    with bar:
+        task = bar.add_task("converting", total=None, rate="", eta="")
+
+        def show(row: pipeline.ProgressRow) -> None:
+            eta = "" if row.eta_s is None else f"ETA {row.eta_s:.0f} s"
+            speed = f"{row.hours_per_s * 3600:,.0f} h per hour, {row.recordings_done}/{row.recordings_total} recordings"
+            bar.update(task, total=row.hours_total, completed=row.hours_done, rate=speed, eta=eta)
+
+        result = pipeline.run(settings, progress=show)
+    quarantine = [(item.path, item.reason, item.message) for item in result.quarantine]
+    show_table(f"quarantine ({len(quarantine)})", ("path", "reason", "message"), quarantine)
+    counts = result.counts
+    hours = counts["seconds"] / 3600
+    console.print(
+        f"{counts['recordings'] - counts['quarantined']} of {counts['recordings']} recordings, {hours:.2f} h, "
+        f"{counts['windows']:,} windows in {counts['shards']} shards → {settings.output}"
+    )
+    if result.snapshot is None:
+        console.print("[red]quarantine over budget: no snapshot.[/] Mend the files, or raise quarantine_budget.")
+    else:
+        console.print(f"snapshot {result.snapshot.digest[:16]}. Next: kymo report {settings.output}")
+    return int(result.exit_code)
+
+
+def status(folder: Path = SnapshotDir) -> None:
+    """Show how far a conversion is: units, hours, quarantine.
+
+    Example: kymo status demo/shards/psg
+    """
+    from engine.status import status as read_status
+
+    state = read_status(folder)
+    columns = ("unit", "state", "done", "recordings", "hours", "windows", "quarantined", "seconds")
+    show_table("units", columns, [tuple(row[name] for name in columns) for row in state.units])
+    rows = [(row["path"], row["reason"], row["message"], row["command"]) for row in state.quarantine_rows()]
+    show_table(f"quarantine ({len(rows)})", ("path", "reason", "message", "to see it again"), rows)
+    for error in state.errors:
+        console.print(f"[red]{error}[/]", soft_wrap=True)
+    final = "snapshot written" if state.is_final else "no snapshot yet; run kymo convert again to go on"
+    console.print(f"{state.num_done} of {len(state.units)} units, ", end="")
+    console.print(f"{state.hours_done:.2f} of {state.hours_total:.2f} h; {final}")
+
+
+def verify(folder: Path = SnapshotDir, deep: bool = typer.Option(False, help="Decode every sample as well.")) -> None:
+    """Hash every shard again and hold index and tables against each other. Exit code 5 when anything is wrong.
+
+    Example: kymo verify demo/shards/psg --deep
+    """
+    from engine.verify import verify as verify_snapshot
+
+    found = verify_snapshot(folder, deep=deep)
+    for problem in found.problems:
+        console.print(f"[red]{problem}[/]", soft_wrap=True)
+    console.print(f"{found.shards} shards, {found.samples:,} samples: ", end="")
+    console.print("all as committed" if found.is_sound else f"[red]{len(found.problems)} problems[/]")
+    if not found.is_sound:
+        raise typer.Exit(5)
+
+
+def report(
+    folder: Path = SnapshotDir,
+    out: Path | None = typer.Option(None, help="HTML file; default: report.html in the snapshot."),
+    run: list[Path] = typer.Option([], help="Training runs whose loss curves are shown; repeatable."),
+) -> None:
+    """Write one self-contained HTML page about a snapshot and the runs that trained on it.
+
+    Example: kymo report demo/shards/psg --run demo/runs/sleep --out report.html
+    """
+    from engine.report import write_report
+
+    path = write_report(folder, out or folder / "report.html", runs=run)
+    console.print(f"report: {path}")
+
+
+def preview(
+    folder: Path = SnapshotDir,
+    key: str = typer.Argument("", help="Sample key; empty takes the first one."),
+    out: Path = typer.Option(Path("preview.png"), help="PNG file."),
+) -> None:
+    """Draw one sample: all channels with symbols, units and labels.
+
+    Example: kymo preview demo/shards/psg --out preview.png
+    """
+    from engine.preview import draw_sample, first_key
+
+    path = draw_sample(folder, key or first_key(folder), out)
+    console.print(f"preview: {path}")
