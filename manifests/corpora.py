@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from manifests.channels import KINDS
+from manifests.channels import Unresolved, resolve
 from manifests.config import load_config
 from manifests.errors import ConfigError
 
@@ -124,8 +124,14 @@ class Corpus(_Strict):
     @classmethod
     def _symbols(cls, value: dict[str, str | None]) -> dict[str, str | None]:
         for label, symbol in value.items():
-            if symbol is not None and symbol.partition(":")[0] not in KINDS:
-                raise ValueError(f"{label!r}: {symbol!r} is not kind:site with a kind of {', '.join(KINDS)}")
+            if symbol is None:
+                continue
+            tag = resolve(symbol)
+            if isinstance(tag, Unresolved) or tag.rule != "parser:symbol":
+                raise ValueError(
+                    f"{label!r}: {symbol!r} is no UCS symbol; write kind:site or kind:anode-cathode with sites of "
+                    "manifests/channels.yaml, e.g. eeg:C3-M2"
+                )
         return value
 
 
