@@ -56,7 +56,7 @@ def labram_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.
         ConfigError: A channel is not a voltage.
     """
     gain = _column(tags, "scale") * _to_microvolts(tags, "labram") / 100.0
-    return _bounded(_affine(stored_CT, gain, np.zeros_like(gain)), np.finfo(np.float32).max)
+    return _bounded(_affine(stored_CT, gain, np.zeros_like(gain)), float(np.finfo(np.float32).max))
 
 
 def clamp_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -101,9 +101,11 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _affine(stored_CT: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    gain32, shift32 = gain.astype(np.float32)[:, None], shift.astype(np.float32)[:, None]
-    out = np.multiply(stored_CT, gain32, dtype=np.float32)
-    out += shift32
+    """Stored x gain + shift as float32. What overflows becomes infinite here and is bounded by the caller."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        gain32, shift32 = gain.astype(np.float32)[:, None], shift.astype(np.float32)[:, None]
+        out = np.multiply(stored_CT, gain32, dtype=np.float32)
+        out += shift32
     return out
 
 

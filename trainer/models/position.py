@@ -19,6 +19,8 @@ class PositionCode(nn.Module):
     learned site embeddings start small: a montage that training never met still gets the code of its geometry.
     """
 
+    features_SF: torch.Tensor
+
     def __init__(self, width: int, *, num_frequencies: int = 6) -> None:
         super().__init__()
         # Not persistent: a pure function of the UCS table, whose digest every checkpoint carries.

@@ -147,7 +147,7 @@ def leave_one_out_loss(
     member_MN = member_KM[own].T
     count = member_KM.sum().clamp(min=1)
     local = torch.where(member_MN, 0.5 * (rows_MN + columns_MN), torch.zeros_like(rows_MN)).sum()
-    loss = local * (world_size() / count)
+    loss = local * world_size() / count
     with torch.no_grad():
         cosine_MN = torch.nn.functional.cosine_similarity(anchor_MND, target_MND, dim=-1)
         sums = torch.stack(

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+
+from manifests.channels import KINDS, ChannelTag, resolve
+from manifests.errors import ConfigError, ContractError
+from trainer.batches import ChannelBatch, collate_channels, generator, stable_hash
+from trainer.read import Window
+
+
+def make_tag(symbol, *, rate=64, role="signal"):
+    tag = resolve(symbol)
+    assert isinstance(tag, ChannelTag)
+    ids = {"anode_id": tag.anode_id, "cathode_id": tag.cathode_id}
+    numbers = {"scale": 0.01, "mean": 0.0, "sd": 1.0, "median": 0.0, "mad": 0.7}
+    return {"symbol": symbol, "kind": tag.kind, "role": role, "unit": tag.unit, "rate": [rate, 1], **ids, **numbers}
+
+
+def make_window(symbols, *, key="w0", rate=64, seconds=4):
+    rng = np.random.default_rng(stable_hash(key))
+    ucs, arrays = {}, {}
+    for symbol in symbols:
+        ucs.setdefault(symbol.split(":")[0], []).append(make_tag(symbol, rate=rate))
+    for kind, tags in ucs.items():
+        arrays[kind] = rng.integers(-300, 300, (len(tags), rate * seconds)).astype(np.int16)
+    meta = {"ucs": ucs, "start": 0, "length": rate * seconds, "rate": [rate, 1]}
+    return Window(key=key, position=0, epoch=0, corpus="c", recording="r", meta=meta, arrays=arrays)
+
+
+def test_channels_lie_in_the_order_of_kinds_padded_with_a_false_mask():
+    few, many = make_window(["ecg:II"]), make_window(["ecg:II", "eeg:C3-M2", "eeg:C4-M1"], key="w1")
+    batch = collate_channels([few, many], kinds=("eeg", "ecg"), view="zscore")
+    assert batch.signal_BCT.shape == (2, 3, 256)
+    assert batch.signal_BCT.dtype == torch.float32
+    assert batch.mask_BC.tolist() == [[True, False, False], [True, True, True]]
+    expected = [make_tag(symbol)["anode_id"] for symbol in ("eeg:C3-M2", "eeg:C4-M1", "ecg:II")]
+    assert batch.anode_BC[1].tolist() == expected
+    assert batch.kind_BC[1].tolist() == [KINDS.index("eeg")] * 2 + [KINDS.index("ecg")]
+    assert batch.rate_hz == 64.0
+    np.testing.assert_allclose(batch.signal_BCT[1, 0].numpy(), many.arrays["eeg"][0] * 0.01, atol=1e-6)
+    np.testing.assert_allclose(batch.signal_BCT[1, 2].numpy(), many.arrays["ecg"][0] * 0.01, atol=1e-6)
+    padding = ~batch.mask_BC
+    assert not batch.signal_BCT[padding].any()
+    assert not torch.stack([batch.anode_BC, batch.cathode_BC, batch.kind_BC])[:, padding].any()
+
+
+@pytest.mark.parametrize("role", ["reference", "flag", "derived", "marker", "unmapped"])
+def test_rows_that_are_not_signals_never_enter(role):
+    window = make_window(["eeg:C3-M2", "eeg:C4-M1"])
+    window.meta["ucs"]["eeg"][0]["role"] = role
+    batch = collate_channels([window], kinds=("eeg",), view="zscore")
+    assert batch.mask_BC.tolist() == [[True]]
+    np.testing.assert_allclose(batch.signal_BCT[0, 0].numpy(), window.arrays["eeg"][1] * 0.01, atol=1e-6)
+
+
+def test_a_channel_list_selects_symbols():
+    window = make_window(["eeg:C3-M2", "eeg:C4-M1"])
+    batch = collate_channels([window], kinds=("eeg",), view="zscore", channels=["eeg:C4-M1"])
+    np.testing.assert_allclose(batch.signal_BCT[0, 0].numpy(), window.arrays["eeg"][1] * 0.01, atol=1e-6)
+    assert batch.mask_BC.sum() == 1
+
+
+def test_a_window_without_such_channels_keeps_a_masked_row():
+    batch = collate_channels([make_window(["eeg:C3-M2"])], kinds=("ecg",), view="zscore")
+    assert batch.signal_BCT.shape == (1, 1, 256)
+    assert not batch.mask_BC.any()
+    assert not batch.signal_BCT.any()
+
+
+def test_mixed_rates_are_refused_with_both_places():
+    windows = [make_window(["eeg:C3-M2"]), make_window(["eeg:C3-M2"], key="w1", rate=128)]
+    with pytest.raises(ConfigError, match=r"w0\.eeg: 64 Hz x 256; w1\.eeg: 128 Hz x 512"):
+        collate_channels(windows, kinds=("eeg",), view="zscore")
+
+
+def test_unknown_kind_and_empty_batch_are_refused():
+    with pytest.raises(ConfigError, match="'brain' is not a kind"):
+        collate_channels([make_window(["eeg:C3-M2"])], kinds=("brain",), view="zscore")
+    with pytest.raises(ContractError, match="0 windows"):
+        collate_channels([], kinds=("eeg",), view="zscore")
+
+
+def test_to_moves_every_tensor():
+    batch = collate_channels([make_window(["eeg:C3-M2"])], kinds=("eeg",), view="zscore").to("meta")
+    assert isinstance(batch, ChannelBatch)
+    assert batch.signal_BCT.device.type == batch.mask_BC.device.type == batch.kind_BC.device.type == "meta"
+
+
+def test_hashes_are_stable_and_tell_parts_apart():
+    assert stable_hash(1, 23) != stable_hash(12, 3)
+    assert (
+        stable_hash("key", 0) == 3834238526293362837
+    )  # fixed: a resume after an upgrade must draw the same augmentations
+    assert 0 <= stable_hash("key") < 2**63
+    assert generator(1, "k").random() == generator(1, "k").random() != generator(2, "k").random()
