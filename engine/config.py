@@ -1,0 +1,58 @@
+"""What one conversion needs to know: sources, recipe, output, sizes, limits."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Part of every unit's id: raise it when the same input would give other bytes.
+ENGINE_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """One corpus (shipped name or path of a YAML) and the folder that holds its recordings."""
+
+    corpus: str
+    root: Path
+
+
+class ConvertConfig(_Strict):
+    """One conversion.
+
+    Attributes:
+        output: Folder of the snapshot.
+        recipe: Name of a shipped recipe, or path of a YAML.
+        sources: Corpora with their folders; a corpus stands once.
+        num_cpus: Converting actors; null = all cores.
+        unit_bytes: Output of one unit in bytes, the piece of work that is committed at once.
+        shard_bytes: Size in bytes above which a new shard begins.
+        time_limit_s: Most seconds that one recording may take.
+        memory_limit_gb: Most memory in GB that one recording may add to its process.
+        quarantine_budget: Share of quarantined recordings above which the result is refused; recordings that
+            a corpus lists as known bad do not count.
+        seed: Order in which recordings are dealt to units.
+    """
+
+    output: Path
+    recipe: str
+    sources: Annotated[list[Source], Field(min_length=1)]
+    num_cpus: Annotated[int, Field(gt=0)] | None = None
+    unit_bytes: Annotated[int, Field(gt=0)] = 1_000_000_000
+    shard_bytes: Annotated[int, Field(gt=0)] = 256_000_000
+    time_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    memory_limit_gb: Annotated[float, Field(gt=0)] = 4.0
+    quarantine_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
+    seed: int = 0
+
+    @field_validator("sources")
+    @classmethod
+    def _once(cls, value: list[Source]) -> list[Source]:
+        names = [source.corpus for source in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"corpus {', '.join(twice)} stands twice; give each corpus one root")
+        return value

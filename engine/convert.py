@@ -1,0 +1,271 @@
+"""One unit of conversion, and a whole conversion in one process, both without Ray."""
+
+import logging
+import os
+import shlex
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.commit import (
+    WORK_DIR,
+    Commit,
+    Counts,
+    Input,
+    Quarantined,
+    UnresolvedLabel,
+    append_progress,
+    locked,
+    pending,
+    read_progress,
+    remove_leftovers,
+    start_progress,
+    write_commit,
+)
+from engine.config import ConvertConfig
+from engine.finalise import ConvertResult, finalise
+from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
+from engine.sandbox import Job, Sandbox
+from engine.scan import ScanResult, load_sources, scan
+from engine.shardwriter import Spooled, write_shards
+from engine.windows import recording_id
+from manifests.corpora import Corpus
+from manifests.errors import ConfigError, RecordingError
+from manifests.recipes import Recipe, load_recipe
+from manifests.shards import ShardEntry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressRow:
+    """How far a conversion is: recorded hours and recordings done of all, hours per second of this run, ETA in s.
+
+    `eta_s` is None until the first recording of this run is done.
+    """
+
+    hours_done: float
+    hours_total: float
+    recordings_done: int
+    recordings_total: int
+    quarantined: int
+    hours_per_s: float
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What all units of a conversion share."""
+
+    config: ConvertConfig
+    recipe: Recipe
+    corpora: dict[str, Corpus]
+    roots: dict[str, Path]
+
+    @classmethod
+    def of(cls, config: ConvertConfig) -> "Context":
+        """Context of a configuration, the corpus and recipe files read."""
+        loaded = load_sources(config.sources)
+        return cls(
+            config=config,
+            recipe=load_recipe(config.recipe),
+            corpora={corpus.id: corpus for corpus, _ in loaded},
+            roots={corpus.id: root for corpus, root in loaded},
+        )
+
+    def sandbox(self) -> Sandbox:
+        """Sandbox with the limits of the configuration."""
+        return Sandbox(time_limit_s=self.config.time_limit_s, memory_limit_gb=self.config.memory_limit_gb)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a unit has gathered so far."""
+
+    inputs: list[Input]
+    quarantine: list[Quarantined]
+    samples: list[Spooled]
+    rows: dict[str, dict[str, Any]]
+    dropped: Counter[str]
+    unresolved: Counter[tuple[str, str, str]]
+    unmapped: Counter[str]
+
+
+def _take(tally: _Tally, item: PlanItem, answer: dict[str, Any], spool: Path) -> None:
+    """Add one converted recording to a unit's tally."""
+    for row in answer["rows"]:
+        place = {name: row.pop(name) for name in ("offset", "num_bytes")}
+        tally.samples.append(Spooled(key=row["key"], spool=spool, **place))
+        tally.rows[row["key"]] = row
+    tally.dropped.update(answer["dropped"])
+    tally.unmapped.update(answer["unmapped"])
+    for label, reason, count in answer["unresolved"]:
+        tally.unresolved[item.corpus, label, reason] += count
+
+
+def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: Sandbox, spool: Path) -> str:
+    """Convert one recording into the tally; returns the reason code of a quarantine, or nothing."""
+    corpus = context.corpora[item.corpus]
+    root = context.roots[item.corpus]
+    name = recording_id(corpus, item.path)
+    answer: dict[str, Any] = {"rows": [], "sha256": {}}
+    reason = ""
+    try:
+        answer = sandbox.convert(
+            Job(path=root / item.path, root=root, corpus=corpus, recipe=context.recipe, spool=spool)
+        )
+        num_windows = len(answer["rows"])
+        _take(tally, item, answer, spool)
+    except RecordingError as error:
+        num_windows, reason = 0, error.reason
+        logger.warning("%s %s: %s: %s", item.corpus, item.path, reason, error)
+        tally.quarantine.append(
+            Quarantined(
+                corpus=item.corpus,
+                recording=name,
+                path=item.path,
+                reason=reason,
+                message=str(error),
+                command=f"kymo scan {shlex.quote(str(root / item.path))}",
+            )
+        )
+    tally.inputs.append(
+        Input(
+            corpus=item.corpus,
+            recording=name,
+            path=item.path,
+            identity=item.identity,
+            seconds=item.seconds,
+            windows=num_windows,
+            sha256=answer["sha256"],
+        )
+    )
+    return reason
+
+
+def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], seconds: float) -> Commit:
+    quarantined = {(item.corpus, item.recording) for item in tally.quarantine}
+    return Commit(
+        unit=unit.id,
+        inputs=tally.inputs,
+        shards=shards,
+        samples_bytes=0,
+        counts=Counts(
+            recordings=len(unit.recordings),
+            quarantined=len(quarantined),
+            windows=len(tally.samples),
+            seconds=sum(item.seconds for item in tally.inputs if (item.corpus, item.recording) not in quarantined),
+            dropped=dict(sorted(tally.dropped.items())),
+        ),
+        quarantine=tally.quarantine,
+        unresolved=[
+            UnresolvedLabel(corpus=corpus, label=label, reason=why, count=count)
+            for (corpus, label, why), count in sorted(tally.unresolved.items())
+        ],
+        unmapped=dict(sorted(tally.unmapped.items())),
+        seconds=round(seconds, 3),
+    )
+
+
+def convert_unit(
+    unit: Unit, *, context: Context, sandbox: Sandbox, after_recording: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Shards, sample rows and, last, the commit of one unit; returns a small row that tells what was done."""
+    began = time.monotonic()
+    output = context.config.output
+    work = output / WORK_DIR / f"{unit.id}-{os.getpid()}"
+    work.mkdir(parents=True, exist_ok=True)
+    start_progress(output, unit.id)
+    tally = _Tally([], [], [], {}, Counter(), Counter(), Counter())
+    try:
+        for number, item in enumerate(unit.recordings):
+            spool = work / f"{number:06d}.bin"
+            reason = _convert_item(item, tally, context=context, sandbox=sandbox, spool=spool)
+            append_progress(output, unit.id, {"seconds": item.seconds, "reason": reason})
+            if after_recording is not None:
+                after_recording()
+        shards, placed = write_shards(
+            tally.samples, output=output, unit=unit.id, shard_bytes=context.config.shard_bytes
+        )
+        commit = _commit_of(unit, tally, shards, time.monotonic() - began)
+        write_commit(output, commit, [{**tally.rows[place.key], **asdict(place)} for place in placed])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {"unit": unit.id, "windows": commit.counts.windows, "quarantined": commit.counts.quarantined}
+
+
+def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
+    """Scan and plan of a conversion; `plan.jsonl` is brought up to date and leftovers are removed."""
+    result = scan(config.sources)
+    for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
+        patterns = ", ".join(result.corpora[name].files)
+        raise ConfigError(f"{name}: no file matches {patterns} under its root; check sources.root")
+    for name, (share, labels) in result.unknown_shares().items():
+        limit = result.corpora[name].max_unresolved
+        if share > limit:
+            raise ConfigError(
+                f"{name}.yaml: {share:.1%} of its channels have labels that nobody knows ({', '.join(labels)}), "
+                f"max_unresolved allows {limit:.1%}; add them to channels (null leaves one out)"
+            )
+    units = plan(result, load_recipe(config.recipe), config, existing=read_plan(config.output))
+    write_plan(config.output, units)
+    removed = remove_leftovers(config.output, units)
+    if removed:
+        logger.info("%s: removed %d files of an interrupted or superseded run", config.output, len(removed))
+    return result, units
+
+
+class Progress:
+    """Turns the units' progress files into `ProgressRow`s; what was committed before has no part in the speed."""
+
+    def __init__(self, output: Path, units: Sequence[Unit], todo: Sequence[Unit]) -> None:
+        self._output = output
+        self._todo = list(todo)
+        self._began = time.monotonic()
+        self._total_s = sum(unit.seconds for unit in units)
+        self._num_total = sum(len(unit.recordings) for unit in units)
+        self._before_s = self._total_s - sum(unit.seconds for unit in todo)
+        self._num_before = self._num_total - sum(len(unit.recordings) for unit in todo)
+
+    def row(self) -> ProgressRow:
+        """Where the conversion stands now."""
+        rows = [row for unit in self._todo for row in read_progress(self._output, unit.id) if "seconds" in row]
+        run_s = sum(row["seconds"] for row in rows)
+        done_s = self._before_s + run_s
+        speed = run_s / max(1e-9, time.monotonic() - self._began)
+        return ProgressRow(
+            hours_done=done_s / 3600,
+            hours_total=self._total_s / 3600,
+            recordings_done=self._num_before + len(rows),
+            recordings_total=self._num_total,
+            quarantined=sum(bool(row["reason"]) for row in rows),
+            hours_per_s=speed / 3600,
+            eta_s=(self._total_s - done_s) / speed if speed > 0 else None,
+        )
+
+
+def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None = None) -> ConvertResult:
+    """Scan, plan, convert what is pending and finalise, in this process and without Ray.
+
+    Raises:
+        ConfigError: Wrong configuration, or another conversion writes to the same folder.
+        ContractError: A unit ended without a commit, or an earlier result is damaged.
+    """
+    with locked(config.output):
+        _, units = prepare(config)
+        todo = pending(config.output, units)
+        meter = Progress(config.output, units, todo)
+        context = Context.of(config)
+        with context.sandbox() as sandbox:
+            for unit in todo:
+                convert_unit(
+                    unit,
+                    context=context,
+                    sandbox=sandbox,
+                    after_recording=None if progress is None else lambda: progress(meter.row()),
+                )
+        return finalise(config, units)

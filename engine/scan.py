@@ -1,0 +1,333 @@
+"""What lies in a folder, from headers alone: recordings, hours, channels by symbol, labels nobody resolved."""
+
+import hashlib
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.config import Source
+from engine.read import read_header, sniff
+from engine.recording import Channel, Recording
+from manifests.channels import ChannelTag, Unresolved, resolve
+from manifests.corpora import Corpus, load_corpus, subject_hash
+from manifests.errors import ConfigError, RecordingError
+
+logger = logging.getLogger(__name__)
+
+NO_CORPUS = ""
+
+# Reasons of `Unresolved` that are no gap in our knowledge.
+KNOWN_REASONS = ("excluded by corpus", "role ", "uncalibrated")
+
+_EDGE_BYTES = 1 << 16  # of each end of a file, and of blocks between, that an identity covers
+_NUM_BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanChannel:
+    """A channel that resolved: its symbol, kind, native rate in Hz and unit as written."""
+
+    symbol: str
+    kind: str
+    rate: Fraction
+    unit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanRow:
+    """One recording.
+
+    Attributes:
+        corpus: Id of its corpus, empty in a scan without one.
+        path: POSIX path relative to the root.
+        subject: Hashed subject.
+        session: Session of the path, hashed like the subject, or empty.
+        identity: Digest of the input files, see `identity_of`.
+        num_bytes: Size of the input files in bytes.
+        duration: Recorded time in seconds.
+        channels: Channels that resolved to a signal.
+        unresolved: Label and reason of each channel that did not.
+        reason: Code of a `RecordingError`, empty for a readable recording.
+        message: What the error says.
+    """
+
+    corpus: str
+    path: str
+    subject: str
+    session: str
+    identity: str
+    num_bytes: int
+    duration: Fraction = Fraction(0)
+    channels: tuple[ScanChannel, ...] = ()
+    unresolved: tuple[tuple[str, str], ...] = ()
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanResult:
+    """All recordings of a scan with the corpora that they belong to; the methods give plain rows for tables."""
+
+    rows: tuple[ScanRow, ...]
+    corpora: Mapping[str, Corpus]
+
+    @cached_property
+    def readable(self) -> tuple[ScanRow, ...]:
+        """Rows without an error."""
+        return tuple(row for row in self.rows if not row.reason)
+
+    def corpus_rows(self) -> list[dict[str, Any]]:
+        """Per corpus: recordings, subjects, hours, unreadable, megabytes, and what its file expects."""
+        groups: dict[str, list[ScanRow]] = {name: [] for name in self.corpora}
+        for row in self.rows:
+            groups.setdefault(row.corpus, []).append(row)
+        return [_corpus_row(name, rows, self.corpora.get(name)) for name, rows in groups.items()]
+
+    def channel_rows(self) -> list[dict[str, Any]]:
+        """Per symbol: kind, recordings that have it, their share, hours, native rates in Hz, units."""
+        recordings: Counter[tuple[str, str]] = Counter()
+        hours: defaultdict[tuple[str, str], Fraction] = defaultdict(Fraction)
+        rates: defaultdict[tuple[str, str], set[Fraction]] = defaultdict(set)
+        units: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        for row in self.readable:
+            for name in {(channel.kind, channel.symbol) for channel in row.channels}:
+                recordings[name] += 1
+                hours[name] += row.duration / 3600
+            for channel in row.channels:
+                rates[channel.kind, channel.symbol].add(channel.rate)
+                units[channel.kind, channel.symbol].add(channel.unit)
+        return [
+            {
+                "symbol": symbol,
+                "kind": kind,
+                "recordings": recordings[kind, symbol],
+                "share": recordings[kind, symbol] / max(1, len(self.readable)),
+                "hours": float(hours[kind, symbol]),
+                "rates_hz": [float(rate) for rate in sorted(rates[kind, symbol])],
+                "units": sorted(units[kind, symbol]),
+            }
+            for kind, symbol in sorted(recordings, key=lambda name: (name[0], -recordings[name], name[1]))
+        ]
+
+    def unresolved_rows(self) -> list[dict[str, Any]]:
+        """Per label and reason: number of recordings, most frequent first."""
+        counts = Counter(item for row in self.readable for item in set(row.unresolved))
+        return [
+            {"label": label, "reason": reason, "recordings": count}
+            for (label, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+
+    def unknown_shares(self) -> dict[str, tuple[float, list[str]]]:
+        """Per corpus: share of its channels whose label nobody knows (excluded ones are known), and these labels."""
+        shares: dict[str, tuple[float, list[str]]] = {}
+        for name in self.corpora:
+            rows = [row for row in self.readable if row.corpus == name]
+            unknown = [
+                label for row in rows for label, reason in row.unresolved if not reason.startswith(KNOWN_REASONS)
+            ]
+            total = sum(len(row.channels) + len(row.unresolved) for row in rows)
+            shares[name] = (len(unknown) / max(1, total), sorted(set(unknown)))
+        return shares
+
+    def rate_rows(self) -> list[dict[str, Any]]:
+        """Per kind and native rate in Hz: number of channels."""
+        counts = Counter((channel.kind, channel.rate) for row in self.readable for channel in row.channels)
+        return [
+            {"kind": kind, "rate_hz": float(rate), "channels": count} for (kind, rate), count in sorted(counts.items())
+        ]
+
+    def unreadable_rows(self) -> list[dict[str, Any]]:
+        """Recordings that cannot be used: corpus, path, reason, message."""
+        return [
+            {"corpus": row.corpus, "path": row.path, "reason": row.reason, "message": row.message}
+            for row in self.rows
+            if row.reason
+        ]
+
+
+def _corpus_row(name: str, rows: Sequence[ScanRow], corpus: Corpus | None) -> dict[str, Any]:
+    good = [row for row in rows if not row.reason]
+    found = {
+        "subjects": len({row.subject for row in good}),
+        "recordings": len(good),
+        "hours": float(sum((row.duration for row in good), Fraction(0)) / 3600),
+    }
+    expected = corpus.expected.model_dump() if corpus else dict.fromkeys(found)
+    differs = [
+        key
+        for key, value in expected.items()
+        if value is not None and abs(found[key] - value) > (0.01 * value if key == "hours" else 0)
+    ]
+    return {
+        "corpus": name,
+        **found,
+        "unreadable": len(rows) - len(good),
+        "megabytes": sum(row.num_bytes for row in rows) / 1e6,
+        "expected": expected,
+        "differs": differs,
+    }
+
+
+def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
+    """Recordings of a corpus under its root by the globs of its file, sorted by path."""
+    if not root.is_dir():
+        raise ConfigError(f"{corpus.id}: root {root} is no folder; give the folder that holds its recordings")
+    found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file()}
+    found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
+    return sorted(found)
+
+
+def companions(path: Path) -> list[Path]:
+    """Files that a recording consists of: itself, those of the same stem, and those that a `.hea` names."""
+    names = {other for other in path.parent.glob(f"{_escaped(path.stem)}.*") if other.is_file()} | {path}
+    if path.suffix == ".hea":
+        lines = path.read_text(encoding="latin-1").splitlines()
+        first_words = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+        names |= {path.parent / word for word in first_words if (path.parent / word).is_file()}
+    return sorted(names)
+
+
+def _escaped(stem: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", stem)
+
+
+def identity_of(path: Path) -> tuple[str, int]:
+    """Digest (16 hex) and size in bytes of a recording's files, free of dates and folders.
+
+    Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers.
+    The SHA-256 of the whole files stands in the commit of the unit that converted them.
+    """
+    sha = hashlib.sha256()
+    total = 0
+    for name in companions(path):
+        size = name.stat().st_size
+        total += size
+        sha.update(f"{name.name}/{size}/".encode())
+        step = max(_EDGE_BYTES, size // _NUM_BLOCKS)
+        with name.open("rb") as file:
+            for offset in {*range(0, size, step), max(0, size - _EDGE_BYTES)}:
+                file.seek(offset)
+                sha.update(str(offset).encode())
+                sha.update(file.read(_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096))
+    return sha.hexdigest()[:16], total
+
+
+def subject_of(corpus: Corpus, path: str) -> tuple[str, str]:
+    """Subject and session as the corpus reads them from a relative POSIX path, unhashed.
+
+    Raises:
+        ConfigError: The pattern does not match, so that the recording would belong to nobody.
+    """
+    match = re.search(corpus.subject.pattern, path)
+    if match is None:
+        raise ConfigError(
+            f"{corpus.id}.yaml: subject.pattern {corpus.subject.pattern!r} does not match {path!r}; "
+            "widen the pattern or exclude the file"
+        )
+    groups = match.groupdict()
+    return groups["subject"], groups.get("session") or ""
+
+
+def session_hash(corpus: Corpus, subject: str, session: str) -> str:
+    """8 hex digits that stand for a session; empty for none."""
+    return subject_hash(corpus, f"{subject}/{session}")[:8] if session else ""
+
+
+def resolve_channels(
+    recording: Recording, corpus: Corpus | None
+) -> tuple[list[tuple[Channel, ChannelTag]], list[Unresolved]]:
+    """Channels that are signals with their tags, in file order, and those that are not with the reason."""
+    found: list[tuple[Channel, ChannelTag]] = []
+    missed: list[Unresolved] = []
+    for channel in recording.channels:
+        tag = resolve(channel.label, corpus.channels if corpus else None)
+        if isinstance(tag, Unresolved):
+            missed.append(tag)
+        elif tag.role != "signal":
+            missed.append(Unresolved(label=channel.label, reason=f"role {tag.role}"))
+        elif not channel.calibrated:
+            missed.append(Unresolved(label=channel.label, reason="uncalibrated"))
+        else:
+            polarity = corpus.polarity.get(channel.label) if corpus else None
+            found.append((channel, replace(tag, polarity=polarity) if polarity else tag))
+    return found, missed
+
+
+def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
+    relative = path.relative_to(root).as_posix()
+    identity, size = identity_of(path)
+    subject, session = subject_of(corpus, relative) if corpus else ("", "")
+    row = ScanRow(
+        corpus=corpus.id if corpus else NO_CORPUS,
+        path=relative,
+        subject=subject_hash(corpus, subject) if corpus else "",
+        session=session_hash(corpus, subject, session) if corpus else "",
+        identity=identity,
+        num_bytes=size,
+    )
+    try:
+        if corpus and relative in corpus.known_bad:
+            raise RecordingError("KNOWN_BAD", f"{relative}: {corpus.known_bad[relative]}")
+        recording = read_header(path, reader, corpus.layout if corpus else None)
+    except RecordingError as error:
+        return replace(row, reason=error.reason, message=str(error))
+    found, missed = resolve_channels(recording, corpus)
+    return replace(
+        row,
+        duration=recording.duration,
+        channels=tuple(
+            ScanChannel(
+                symbol=tag.symbol,
+                kind=tag.kind,
+                rate=channel.rate,
+                unit=(corpus.units.get(channel.label, channel.unit) if corpus else channel.unit),
+            )
+            for channel, tag in found
+        ),
+        unresolved=tuple((item.label, item.reason) for item in missed),
+    )
+
+
+def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
+    """Corpora with their roots; two sources of one corpus id are refused."""
+    loaded = [(load_corpus(source.corpus), source.root) for source in sources]
+    ids = Counter(corpus.id for corpus, _ in loaded)
+    twice = [name for name, count in ids.items() if count > 1]
+    if twice:
+        raise ConfigError(f"sources: corpus {', '.join(twice)} stands twice; give each corpus one root")
+    return loaded
+
+
+def scan(sources: Iterable[Source]) -> ScanResult:
+    """Every recording of the sources, read from headers only, in the order of sources and paths.
+
+    Raises:
+        ConfigError: A corpus or root that is missing, or a path whose subject cannot be read.
+    """
+    loaded = load_sources(sources)
+    rows: list[ScanRow] = []
+    for corpus, root in loaded:
+        rows += [_row(path, root, corpus, corpus.reader) for path in corpus_files(corpus, root)]
+    return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
+
+
+def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        reader = sniff(path) if path.is_file() else None
+        if reader is not None:
+            yield path, reader
+
+
+def scan_folder(root: Path) -> ScanResult:
+    """Every file under a folder (or one file) whose content a reader recognises; labels by the generic parser."""
+    if not root.exists():
+        raise ConfigError(f"{root}: no such file or folder; give a folder with recordings")
+    base = root if root.is_dir() else root.parent
+    rows = tuple(_row(path, base, None, reader) for path, reader in _recordings_in(root))
+    return ScanResult(rows=rows, corpora={})
