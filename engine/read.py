@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.readers import edf
+from engine.readers import edf, physionet
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
@@ -21,6 +21,7 @@ class Reader:
 
 READERS: dict[str, Reader] = {
     "edf": Reader(read_header=edf.read_header, read_signals=edf.read_signals),
+    "wfdb": Reader(read_header=physionet.read_header, read_signals=physionet.read_signals),
 }
 
 
