@@ -182,6 +182,24 @@ def rank_slice(total: int, *, rank: int, world: int) -> slice:
     return slice(rank * total // world, (rank + 1) * total // world)
 
 
+def part_slices(total: int, num_parts: int, *, rank: int, world: int) -> list[slice]:
+    """Places of a rank in each of the `num_parts` micro-batches that a batch is cut into.
+
+    The cut into parts comes first: a part holds the same samples whatever the number of ranks.
+    """
+    slices: list[slice] = []
+    for part in range(num_parts):
+        whole = rank_slice(total, rank=part, world=num_parts)
+        own = rank_slice(whole.stop - whole.start, rank=rank, world=world)
+        slices.append(slice(whole.start + own.start, whole.start + own.stop))
+    return slices
+
+
+def part_sizes(total: int, num_parts: int, *, rank: int, world: int) -> list[int]:
+    """Samples of a rank in each micro-batch."""
+    return [part.stop - part.start for part in part_slices(total, num_parts, rank=rank, world=world)]
+
+
 class Order:
     """Addresses of every global batch, from the streams, the seed and the batch size alone."""
 
@@ -217,12 +235,24 @@ class Order:
         return addresses
 
     def batches(
-        self, start: int, *, rank: int = 0, world: int = 1, worker: int = 0, num_workers: int = 1
+        self,
+        start: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        worker: int = 0,
+        num_workers: int = 1,
+        num_parts: int = 1,
     ) -> Iterator[tuple[int, list[Address]]]:
-        """Endless (batch, this rank's addresses) for batches ≡ worker (mod num_workers) from `start` on."""
+        """Endless (batch, this rank's addresses) for batches ≡ worker (mod num_workers) from `start` on.
+
+        With `num_parts` micro-batches, the addresses of one follow those of the other (`part_sizes`).
+        """
         index = start + (worker - start) % num_workers
+        parts = part_slices(self.global_batch, num_parts, rank=rank, world=world)
         while True:
-            yield index, self.batch(index)[rank_slice(self.global_batch, rank=rank, world=world)]
+            batch = self.batch(index)
+            yield index, [address for part in parts for address in batch[part]]
             index += num_workers
 
     def with_weights(self, weights: Sequence[float], *, from_batch: int) -> "Order":

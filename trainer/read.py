@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -203,13 +203,14 @@ class SnapshotReader:
         start_batch: int = 0,
         rank: int = 0,
         world: int = 1,
-    ) -> Iterator[ResultT]:
+        num_parts: int = 1,
+    ) -> Generator[ResultT, None, None]:
         """Endless `work(batch, windows)` of this rank's slices from `start_batch` on, done ahead in threads.
 
         `work` runs in a thread too (collation belongs there); results come in the order of the batches, so the
         number of threads changes nothing but the speed.
         """
-        upcoming = order.batches(start_batch, rank=rank, world=world)
+        upcoming = order.batches(start_batch, rank=rank, world=world, num_parts=num_parts)
 
         def one(index: int, addresses: list[Address]) -> ResultT:
             return work(index, self.read(addresses, order=order))

@@ -1,0 +1,155 @@
+"""DeepSpeed: the process group, the one dict, the initialised model, and the learning rate of a step."""
+
+import atexit
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+
+from manifests.errors import ConfigError
+from trainer.collectives import world_size
+from trainer.config import OptimizerConfig, PretrainConfig
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+# Names of parameters that never decay, whatever their shape (beside all of one dimension).
+NO_DECAY = ("temperature", "log_scale", "logit_scale")
+
+
+def join_processes(backend: str) -> None:
+    """Make sure that a process group exists and that DeepSpeed uses it.
+
+    Ray Train has made one already; under torchrun the environment tells; otherwise this is a group of one process,
+    which needs no port and lives as long as the process.
+
+    Raises:
+        ConfigError: NCCL was asked for and there is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if backend == "nccl" and not has_gpu:
+        raise ConfigError("backend: nccl needs a GPU and this machine has none; set backend to auto or gloo")
+    chosen = ("nccl" if has_gpu else "gloo") if backend == "auto" else backend
+    if not distributed.is_initialized():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            distributed.init_process_group(chosen)
+        else:
+            store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] (public in torch's manual)
+            distributed.init_process_group(chosen, store=store, rank=0, world_size=1)
+        atexit.register(_leave_processes)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not has_gpu:
+        # Otherwise the first use on a CPU compiles an operator for a hundred seconds; a kill -9 in that time
+        # leaves a lock that hangs every later run.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.comm.init_distributed(dist_backend=chosen, auto_mpi_discovery=False, verbose=False)
+
+
+def _leave_processes() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; nothing else in kymo writes one."""
+    micro_batch = config.global_batch // (world_size() * config.gradient_accumulation)
+    if micro_batch < 1:
+        raise ConfigError(
+            f"global_batch: {config.global_batch} is under num_workers {world_size()} × gradient_accumulation "
+            f"{config.gradient_accumulation}; raise it or lower one of them"
+        )
+    return {
+        # Nominal: slices of a global batch may differ by one window between ranks.
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # Autocast, not bf16 parameters: normalisation and filter layers stay fp32, and the loss is ten times
+        # closer to fp32's.
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": None,
+    }
+
+
+def initialise(objective: nn.Module, config: PretrainConfig) -> Any:
+    """The objective under DeepSpeed with AdamW: `loss = model(batch)`, `model.backward(loss)`, `model.step()`.
+
+    Raises:
+        ConfigError: A parameter without dimensions, which DeepSpeed 0.19.8 cannot broadcast.
+    """
+    for name, parameter in objective.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(f"parameter {name} has no dimension; give it the shape (1,)")
+    torch.set_num_threads(config.num_threads)
+    model, _, _, _ = deepspeed.initialize(
+        model=objective,
+        optimizer=_adamw(objective, config.optimizer),
+        config=deepspeed_dict(config),
+        dist_init_required=False,
+    )
+    return model
+
+
+def _adamw(objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW of torch: DeepSpeed's own is compiled at first use."""
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+            (others if is_plain else decaying).append(parameter)
+    groups = [
+        {"params": decaying, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+    )
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, steps: int) -> float:
+    """Learning rate of optimizer step `step` (the first is 0): a pure function, so nothing of it is saved."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    low = config.lr * config.final_lr_ratio
+    return low + (config.lr - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(model: Any, value: float) -> None:
+    """Give `value` to every parameter group of an initialised model."""
+    for group in model.optimizer.param_groups:
+        group["lr"] = value
+
+
+def train_step(model: Any, batches: Sequence[Any]) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Metrics (mean over the micro-batches) and gradient norm before clipping of one optimizer step."""
+    sums: dict[str, torch.Tensor] = {}
+    norm: Any = None
+    for batch in batches:
+        loss, metrics = model(batch.to(model.device))
+        model.backward(loss)  # never loss.backward(): with two forward passes it is silently wrong
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        if model.is_gradient_accumulation_boundary() and model.zero_optimization_stage() == 0:
+            # Here the gradients are whole, and the step clears them.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.module.parameters() if p.grad is not None])
+        model.step()
+    if norm is None:
+        norm = model.get_global_grad_norm()
+    means = {name: value / len(batches) for name, value in sums.items()}
+    return means, None if norm is None else float(norm)
