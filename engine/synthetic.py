@@ -12,31 +12,26 @@ from edfio import Edf, EdfAnnotation, EdfSignal, Patient, Recording
 from scipy import signal
 
 from engine.synthetic_signals import (
+    AROUSAL,
     CHIN_TONE_UV,
+    ECG_RATE_HZ,
     EPOCH_S,
+    LATENT_HZ,
     LEADS,
+    RHYTHMS,
     STAGES,
     Array,
     Night,
     Traits,
+    arrivals,
     band_noise,
     draw_night,
     draw_traits,
     heart_dipole,
     pink_noise,
     train,
+    twelve_lead_mv,
 )
-
-ECG_RATE_HZ = 500
-ECG_SECONDS = 10
-# SNOMED CT code -> (mean heart rate in bpm: low, high).
-RHYTHMS: dict[str, tuple[float, float]] = {
-    "426783006": (62, 96),  # sinus rhythm
-    "164889003": (65, 130),  # atrial fibrillation
-    "426177001": (38, 56),  # sinus bradycardia
-    "427084000": (106, 150),  # sinus tachycardia
-}
-ATRIAL_FIBRILLATION = "164889003"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,15 +167,14 @@ def _rhythms_uv(night: Night, traits: Traits, rate: int, rng: np.random.Generato
 
     alpha = envelope((16, 5, 2, 1, 4), 0.35 * night.arousal)
     theta = envelope((4, 11, 8, 6, 10), 0 * night.arousal)
-    delta = envelope((7, 8, 20, 48, 7), -0.35 * (night.arousal - night.by_stage((1.4, 0.4, -0.3, -1.2, 0.3))))
-    spindle_rate = night.by_stage((0, 0, 6, 1, 0)) / 60 * np.exp(0.8 * night.infraslow)
-    spindles = np.flatnonzero(rng.random(len(spindle_rate)) < spindle_rate / 8) / 8
+    delta = envelope((7, 8, 20, 48, 7), -0.35 * (night.arousal - night.by_stage(AROUSAL)))
+    spindles = arrivals(night.by_stage((0, 0, 6, 1, 0)) * np.exp(0.8 * night.infraslow), rng)
     tick = np.arange(round(1.2 * rate)) / rate
     spindle = np.sin(2 * np.pi * traits.spindle_hz * tick) * np.hanning(len(tick))
-    complexes = np.flatnonzero(rng.random(len(spindle_rate)) < night.by_stage((0, 0, 2.5, 0, 0)) / 480) / 8
+    complexes = arrivals(night.by_stage((0, 0, 2.5, 0, 0)), rng)
     tick = np.arange(round(1.0 * rate)) / rate
     complex_shape = -np.exp(-0.5 * ((tick - 0.2) / 0.07) ** 2) + 0.6 * np.exp(-0.5 * ((tick - 0.5) / 0.14) ** 2)
-    saws = np.flatnonzero(rng.random(len(spindle_rate)) < night.by_stage((0, 0, 0, 0, 4)) / 480) / 8
+    saws = arrivals(night.by_stage((0, 0, 0, 0, 4)), rng)
     tick = np.arange(round(3.0 * rate)) / rate
     saw = (2 * np.mod(2.8 * tick, 1) - 1) * np.hanning(len(tick))
 
@@ -224,14 +218,9 @@ def eog_uv(night: Night, traits: Traits, montage: Montage, rng: np.random.Genera
     """Both eyes in µV: blinks awake, slow rolling in N1, bursts of rapid movements in REM, frontal slow waves."""
     rate = montage.eog_hz
     size = len(night.stages) * EPOCH_S * rate
-    grid = len(night.arousal)
-    bursts = np.clip(band_noise(grid, 8, 0.02, 0.1, rng), 0, None)
-
-    def arrivals(per_minute: Array) -> Array:
-        return np.flatnonzero(rng.random(grid) < per_minute / 480) / 8
-
-    blinks = arrivals(night.by_stage((14, 1, 0, 0, 0)))
-    saccades = arrivals(night.by_stage((8, 0, 0, 0, 55)) * bursts)
+    bursts = np.clip(band_noise(len(night.arousal), LATENT_HZ, 0.02, 0.1, rng), 0, None)
+    blinks = arrivals(night.by_stage((14, 1, 0, 0, 0)), rng)
+    saccades = arrivals(night.by_stage((8, 0, 0, 0, 55)) * bursts, rng)
     tick = np.arange(round(1.5 * rate)) / rate
     blink = np.exp(-0.5 * ((tick - 0.2) / 0.06) ** 2)
     saccade = (1 - np.exp(-tick / 0.03)) * np.exp(-tick / 0.35)
@@ -254,7 +243,7 @@ def eog_uv(night: Night, traits: Traits, montage: Montage, rng: np.random.Genera
 def emg_uv(night: Night, traits: Traits, rate: int, rng: np.random.Generator) -> Array:
     """Chin muscle in µV: tone by stage and arousal, none but twitches in REM, bursts while moving."""
     size = len(night.stages) * EPOCH_S * rate
-    twitches = np.flatnonzero(rng.random(len(night.arousal)) < night.by_stage((0, 0, 0, 0, 3)) / 480) / 8
+    twitches = arrivals(night.by_stage((0, 0, 0, 0, 3)), rng)
     burst = np.hanning(round(0.3 * rate))
     tone = night.at(night.by_stage(CHIN_TONE_UV) * np.exp(0.3 * night.arousal), rate)
     tone += 8 * train(twitches, np.ones(len(twitches)), burst, rate=rate, num_samples=size)
@@ -350,37 +339,6 @@ def sleeper(subject: int, *, night_minutes: int, seed: int) -> tuple[Traits, Nig
         annotations=_annotations(night, montage),
     )
     return traits, night, edf
-
-
-def _heart_beats(rhythm: str, rng: np.random.Generator) -> Array:
-    """R peaks (s) of a 12-lead record: regular with sinus arrhythmia, or irregular in atrial fibrillation."""
-    interval = 60 / rng.uniform(*RHYTHMS[rhythm])
-    count = int(2 * ECG_SECONDS / interval) + 2
-    if rhythm == ATRIAL_FIBRILLATION:
-        intervals = interval * np.exp(rng.normal(0, 0.22, count))
-    else:
-        breath = np.sin(2 * np.pi * 0.25 * interval * np.arange(count) + rng.uniform(0, 6))
-        intervals = interval * (1 + 0.03 * breath + rng.normal(0, 0.008, count))
-    beats = rng.uniform(0, interval) + np.cumsum(np.maximum(intervals, 0.3))
-    return beats[beats < ECG_SECONDS]
-
-
-def twelve_lead_mv(rhythm: str, rng: np.random.Generator) -> Array:
-    """A 10-s record in mV, shape (5000, 12): atrial fibrillation has no P waves but fibrillatory ones."""
-    size = ECG_SECONDS * ECG_RATE_HZ
-    is_fibrillating = rhythm == ATRIAL_FIBRILLATION
-    dipole = heart_dipole(
-        _heart_beats(rhythm, rng),
-        size,
-        rate=ECG_RATE_HZ,
-        wave_scale=np.exp(rng.normal(0, 0.2, (5, 3))),
-        gains={"P": 0.0} if is_fibrillating else None,
-    )
-    if is_fibrillating:
-        dipole += np.array([[0.01], [0.04], [-0.04]]) * band_noise(size, ECG_RATE_HZ, 4, 8.5, rng)
-    leads = (np.array(list(LEADS.values())) @ dipole).T
-    wander = 0.04 * band_noise(size, ECG_RATE_HZ, 0.1, 0.5, rng)[:, None] * rng.uniform(0.3, 1, len(LEADS))
-    return leads + wander + 0.012 * rng.standard_normal(leads.shape)
 
 
 def _write_ecg(folder: Path, record: int, seed: int) -> None:

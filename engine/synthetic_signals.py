@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
-from scipy.fft import next_fast_len
 
 Array = NDArray[np.float64]
 
@@ -39,6 +38,7 @@ AROUSAL = np.array([1.4, 0.4, -0.3, -1.2, 0.3])
 BREATH_RATE = np.array([1.08, 1.02, 1.0, 0.96, 1.05])
 BREATH_IRREGULARITY = np.array([0.08, 0.06, 0.04, 0.02, 0.16])
 SINUS_ARRHYTHMIA = np.array([0.7, 0.9, 1.1, 1.3, 0.6])
+MOVES_PER_MIN = np.array([1.33, 0.67, 0.4, 0.25, 0.5])
 CHIN_TONE_UV = np.array([18.0, 10.0, 7.0, 5.0, 1.8])
 
 # Lead = row · dipole (x left, y foot, z back); the inverse Dower matrix (Dower, Clinical Cardiology 1980).
@@ -66,6 +66,17 @@ WAVES: dict[str, tuple[tuple[float, float, float], float, float]] = {
     "S": ((-0.20, -0.18, 0.40), 0.032, 0.012),
     "T": ((0.25, 0.24, -0.14), 0.27, 0.055),
 }
+
+ECG_RATE_HZ = 500
+ECG_SECONDS = 10
+# SNOMED CT code -> (mean heart rate in bpm: low, high).
+RHYTHMS: dict[str, tuple[float, float]] = {
+    "426783006": (62, 96),  # sinus rhythm
+    "164889003": (65, 130),  # atrial fibrillation
+    "426177001": (38, 56),  # sinus bradycardia
+    "427084000": (106, 150),  # sinus tachycardia
+}
+ATRIAL_FIBRILLATION = "164889003"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,22 +155,20 @@ def draw_hypnogram(num_epochs: int, rng: np.random.Generator) -> tuple[str, ...]
 
 def band_noise(num_samples: int, rate: float, low_hz: float, high_hz: float, rng: np.random.Generator) -> Array:
     """Noise of unit variance between two frequencies."""
-    size = next_fast_len(num_samples, real=True)
-    frequencies = np.fft.rfftfreq(size, 1 / rate)
+    frequencies = np.fft.rfftfreq(num_samples, 1 / rate)
     inside = (frequencies >= low_hz) & (frequencies <= high_hz)
     spectrum = np.zeros(len(frequencies), dtype=complex)
     spectrum[inside] = rng.standard_normal((int(inside.sum()), 2)).view(complex)[:, 0]
     # Parseval: each of the n two-sided bins has variance 2 and counts twice.
-    return np.fft.irfft(spectrum, size)[:num_samples] * size / np.sqrt(4 * max(1, int(inside.sum())))
+    return np.fft.irfft(spectrum, num_samples) * num_samples / np.sqrt(4 * max(1, int(inside.sum())))
 
 
 def pink_noise(num_samples: int, rate: float, slope: float, rng: np.random.Generator) -> Array:
     """Noise of unit variance whose power falls with frequency as f^-slope, flat below 0.5 Hz."""
-    size = next_fast_len(num_samples, real=True)
-    gain = np.maximum(np.fft.rfftfreq(size, 1 / rate), 0.5) ** (-slope / 2)
+    gain = np.maximum(np.fft.rfftfreq(num_samples, 1 / rate), 0.5) ** (-slope / 2)
     gain[0] = 0
     spectrum = rng.standard_normal((len(gain), 2)).view(complex)[:, 0] * gain
-    return np.fft.irfft(spectrum, size)[:num_samples] * size / np.sqrt(4 * float(np.sum(gain**2)))
+    return np.fft.irfft(spectrum, num_samples) * num_samples / np.sqrt(4 * float(np.sum(gain**2)))
 
 
 def _drift(num_samples: int, seconds: float, rng: np.random.Generator) -> Array:
@@ -179,9 +188,9 @@ def train(times_s: Array, weights: Array, kernel: Array, *, rate: float, num_sam
     return signal.oaconvolve(impulses, kernel)[:num_samples]
 
 
-def _arrivals(rate_per_s: Array, rng: np.random.Generator) -> Array:
-    """Times (s) of a Poisson process whose rate is given on the latent grid."""
-    hits = np.flatnonzero(rng.random(len(rate_per_s)) < rate_per_s / LATENT_HZ)
+def arrivals(per_minute: Array, rng: np.random.Generator) -> Array:
+    """Times (s) of a Poisson process whose rate per minute is given on the latent grid."""
+    hits = np.flatnonzero(rng.random(len(per_minute)) < per_minute / (60 * LATENT_HZ))
     return (hits + rng.random(len(hits))) / LATENT_HZ
 
 
@@ -196,7 +205,7 @@ def draw_night(traits: Traits, num_epochs: int, rng: np.random.Generator) -> Nig
         mode="valid",
         axes=1,
     )
-    moves_s = _arrivals(weights.T @ np.array([1 / 45, 1 / 90, 1 / 150, 1 / 240, 1 / 120]), rng)
+    moves_s = arrivals(weights.T @ MOVES_PER_MIN, rng)
     strength = rng.uniform(0.5, 1.2, len(moves_s))
     bump = np.sin(np.linspace(0, np.pi, 5 * LATENT_HZ)) ** 2
     movement = train(moves_s, strength, bump, rate=LATENT_HZ, num_samples=size)
@@ -260,3 +269,34 @@ def heart_dipole(
         shape = np.exp(-0.5 * ((distance - centre) / width) ** 2) * (gains or {}).get(name, 1.0)
         dipole += (np.asarray(moment) * wave_scale[row])[:, None] * shape
     return dipole
+
+
+def _heart_beats(rhythm: str, rng: np.random.Generator) -> Array:
+    """R peaks (s) of a 12-lead record: regular with sinus arrhythmia, or irregular in atrial fibrillation."""
+    interval = 60 / rng.uniform(*RHYTHMS[rhythm])
+    count = int(2 * ECG_SECONDS / interval) + 2
+    if rhythm == ATRIAL_FIBRILLATION:
+        intervals = interval * np.exp(rng.normal(0, 0.22, count))
+    else:
+        breath = np.sin(2 * np.pi * 0.25 * interval * np.arange(count) + rng.uniform(0, 6))
+        intervals = interval * (1 + 0.03 * breath + rng.normal(0, 0.008, count))
+    beats = rng.uniform(0, interval) + np.cumsum(np.maximum(intervals, 0.3))
+    return beats[beats < ECG_SECONDS]
+
+
+def twelve_lead_mv(rhythm: str, rng: np.random.Generator) -> Array:
+    """A 10-s record in mV, shape (5000, 12): atrial fibrillation has no P waves but fibrillatory ones."""
+    size = ECG_SECONDS * ECG_RATE_HZ
+    is_fibrillating = rhythm == ATRIAL_FIBRILLATION
+    dipole = heart_dipole(
+        _heart_beats(rhythm, rng),
+        size,
+        rate=ECG_RATE_HZ,
+        wave_scale=np.exp(rng.normal(0, 0.2, (5, 3))),
+        gains={"P": 0.0} if is_fibrillating else None,
+    )
+    if is_fibrillating:
+        dipole += np.array([[0.01], [0.04], [-0.04]]) * band_noise(size, ECG_RATE_HZ, 4, 8.5, rng)
+    leads = (np.array(list(LEADS.values())) @ dipole).T
+    wander = 0.04 * band_noise(size, ECG_RATE_HZ, 0.1, 0.5, rng)[:, None] * rng.uniform(0.3, 1, len(LEADS))
+    return leads + wander + 0.012 * rng.standard_normal(leads.shape)
