@@ -6,7 +6,7 @@ window is read that has no label.
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from adapters.config import TaskRun
 from adapters.tasks import Task, chosen_symbols, lacking, window_labels
+from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.recipes import Recipe
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
@@ -36,6 +37,7 @@ class Labelled:
         targets: Key to class indices: one under cross_entropy, any number under bce.
         subjects: Key to hashed subject.
         counts: Windows per label.
+        symbols: Windows per channel that the task sees.
         left_out: Reason to number of windows left out.
     """
 
@@ -43,6 +45,7 @@ class Labelled:
     targets: dict[str, tuple[int, ...]]
     subjects: dict[str, str]
     counts: dict[str, int]
+    symbols: dict[str, int]
     left_out: dict[str, int]
 
     def __len__(self) -> int:
@@ -101,6 +104,7 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
 def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
     targets: dict[str, tuple[int, ...]] = {}
     subjects: dict[str, str] = {}
+    symbols: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     for path in run.snapshots:
         table = pq.read_table(Path(path) / SAMPLES_FILE, columns=COLUMNS)
@@ -113,13 +117,15 @@ def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
                 left_out[reason] += 1
                 continue
             targets[row["key"]] = tuple(sorted(task.labels.index(label) for label in labels))
-            subjects[row["key"]] = f"{row['subject']}"
+            subjects[row["key"]] = row["subject"]
+            symbols.update(symbol for group in chosen_symbols(task, row["symbols"]).values() for symbol in group)
     counts = Counter(task.labels[index] for indices in targets.values() for index in indices)
     return Labelled(
         streams=_streams(task, run, split=split, targets=targets) if targets else (),
         targets=targets,
         subjects=subjects,
         counts={label: counts[label] for label in task.labels},
+        symbols=dict(sorted(symbols.items(), key=lambda item: (-item[1], item[0]))),
         left_out=dict(left_out),
     )
 
@@ -171,12 +177,38 @@ def spread_addresses(labelled: Labelled, *, limit: int) -> list[Address]:
     return addresses
 
 
-def read_spread(labelled: Labelled, *, limit: int, batch: int, seed: int) -> list[list[Window]]:
-    """Batches of the windows of `spread_addresses`; held in memory by the caller, so keep `limit` modest."""
+def read_spread(labelled: Labelled, *, limit: int, batch: int) -> Iterator[list[Window]]:
+    """Batches of the windows of `spread_addresses`."""
     addresses = spread_addresses(labelled, limit=limit)
-    order = Order(labelled.streams, seed=seed, global_batch=batch)
+    order = Order(labelled.streams, seed=0, global_batch=batch)
     reader = SnapshotReader(labelled.streams)
     try:
-        return [reader.read(addresses[first : first + batch], order=order) for first in range(0, len(addresses), batch)]
+        for first in range(0, len(addresses), batch):
+            yield reader.read(addresses[first : first + batch], order=order)
     finally:
         reader.close()
+
+
+def describe_data(data: TaskData) -> dict[str, Any]:
+    """Where a task's windows come from, as plain data: recipe, corpora, digests of snapshots and splits, counts."""
+    corpora: dict[str, dict[str, Any]] = {}
+    for snapshot in data.snapshots:
+        corpora |= snapshot.corpora
+    return {
+        "recipe": data.recipe,
+        "corpora": corpora,
+        "snapshots": [snapshot.digest for snapshot in data.snapshots],
+        "ucs_version": data.snapshots[0].ucs_version,
+        "ucs_digest": data.snapshots[0].ucs_digest,
+        "splits": {
+            split: {
+                "digest": digest(sorted(labelled.targets)),
+                "windows": len(labelled),
+                "subjects": len(set(labelled.subjects.values())),
+                "counts": labelled.counts,
+                "symbols": labelled.symbols,
+                "left_out": labelled.left_out,
+            }
+            for split, labelled in data.splits.items()
+        },
+    }

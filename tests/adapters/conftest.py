@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from manifests.config import digest
+from adapters.compose import write_bundle
+from adapters.config import AdaptConfig
+from adapters.tasks import load_task
+from adapters.train import AdaptResult, adapt
+from manifests.config import digest, dump_yaml
 from manifests.recipes import KindRule, Recipe
 from manifests.shards import SNAPSHOT_FILE, npy_bytes
 from trainer import tiny
+from trainer.export import save_encoder
 from trainer.models.build import build_encoder
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
 
@@ -116,3 +121,73 @@ def make_encoder() -> Callable[..., SleepEncoder]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported encoder with fresh weights."""
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(
+        folder / "encoder", tiny_encoder(), recipes={r.id: r.model_dump(mode="json") for r in RECIPES.values()}, step=7
+    )
+    return folder / "encoder"
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The shipped tasks, narrowed to the kinds of the tiny snapshots."""
+    folder = tmp_path_factory.mktemp("tasks")
+    paths = {}
+    for name, recipe in (("sleep_staging", "staged"), ("rhythm", "coded")):
+        task = load_task(name).model_copy(update={"kinds": list(CHANNELS[recipe])})
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(dump_yaml(task.model_dump(mode="json")))
+    return paths
+
+
+@pytest.fixture
+def make_config(
+    snapshots: dict[str, Path], encoder_dir: Path, task_files: dict[str, Path], tmp_path: Path
+) -> Callable[..., AdaptConfig]:
+    """Configuration of a run on both tasks."""
+
+    def make(**changes: Any) -> AdaptConfig:
+        values = config_values(snapshots, encoder_dir, task_files, tmp_path / "run")
+        return AdaptConfig.model_validate({**values, **changes})
+
+    return make
+
+
+def config_values(snapshots: dict[str, Path], encoder: Path, tasks: dict[str, Path], run_dir: Path) -> dict[str, Any]:
+    return {
+        "run_dir": str(run_dir),
+        "encoder": str(encoder),
+        "tasks": [
+            {"task": str(tasks["sleep_staging"]), "snapshots": [str(snapshots["staged"])], "batch": 20},
+            {"task": str(tasks["rhythm"]), "snapshots": [str(snapshots["coded"])], "batch": 16},
+        ],
+        "steps": 8,
+        "lora": {"r": 4},
+        "log_every": 2,
+        "eval_every": 4,
+        "checkpoint_every": 2,
+        "threads": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def adapted(
+    snapshots: dict[str, Path],
+    encoder_dir: Path,
+    task_files: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AdaptResult:
+    """A finished run that has learned both tasks."""
+    values = config_values(snapshots, encoder_dir, task_files, tmp_path_factory.mktemp("adapted") / "run")
+    return adapt(AdaptConfig.model_validate({**values, "steps": 80, "eval_every": 40, "checkpoint_every": 40}))
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(adapted: AdaptResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `adapted`."""
+    return write_bundle(adapted, tmp_path_factory.mktemp("bundles") / "bundle").path

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters import train
+from adapters.checkpoint import copy_trainable, folder
+from adapters.train import adapt, rate_factor
+from manifests.errors import ConfigError
+from trainer.export import load_encoder
+
+
+def rows(run_dir: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_tasks_are_learned_on_one_frozen_encoder(make_config, encoder_dir):
+    seen = []
+    config = make_config(steps=120, eval_every=40, checkpoint_every=120, log_every=20)
+    result = adapt(config, report=seen.append)
+    for name, margin in (("sleep_staging", 0.35), ("rhythm", 0.35)):
+        entry = result.scores[name]["test"]["metrics"]["balanced_accuracy"]
+        assert entry["value"] > entry["chance"] + margin, name
+        assert entry["ci95"][0] > entry["chance"], name
+    assert result.scores["sleep_staging"]["test"]["n"] == 2 * 20  # the unscored windows are not scored
+    assert result.data["sleep_staging"]["splits"]["train"]["left_out"] == {"no label of the task": 4 * 4}
+    assert seen == rows(config.run_dir)
+    losses = [row["loss"]["rhythm"] for row in seen if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+    base = load_encoder(encoder_dir).state_dict()
+    trained = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in result.model.peft.state_dict().items()
+        if "lora_" not in name
+    }
+    assert trained.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert changed
+    assert all(name.startswith("temporal_encoder.") for name in changed)
+
+
+def test_killed_run_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
+    whole = adapt(make_config(run_dir=str(tmp_path / "whole")))
+    config = make_config(run_dir=str(tmp_path / "cut"))
+    real = train.train_step
+
+    def dies_at_5(*args, step, **kwargs):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(*args, step=step, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(config)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    monkeypatch.setattr(train, "train_step", real)
+    continued = adapt(config)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    expected, got = copy_trainable(whole.model), copy_trainable(continued.model)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert whole.scores == continued.scores
+
+
+def test_damaged_checkpoint_is_never_picked_up(make_config, monkeypatch):
+    config = make_config()
+    whole = adapt(config)
+    run_dir = Path(config.run_dir)
+    (run_dir / "result.json").unlink()
+    newest = sorted(folder(run_dir).glob("*.safetensors"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    steps = []
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a, step, **k: (steps.append(step), real(*a, step=step, **k))[1])
+    again = adapt(config)
+    assert steps == [6, 7]
+    expected, got = copy_trainable(whole.model), copy_trainable(again.model)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_finished_run_is_not_repeated(make_config, monkeypatch):
+    config = make_config(steps=4)
+    first = adapt(config)
+    monkeypatch.setattr(train, "train_step", lambda *_, **__: pytest.fail("trained again"))
+    second = adapt(config)
+    assert second.scores == first.scores
+    expected, got = copy_trainable(first.model), copy_trainable(second.model)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_run_folder_of_another_configuration_is_refused(make_config):
+    adapt(make_config(steps=4))
+    with pytest.raises(ConfigError, match="choose another run_dir"):
+        adapt(make_config(steps=4, seed=1))
+
+
+def test_label_without_training_windows_is_refused(make_config, snapshots, task_files):
+    with pytest.raises(ConfigError, match="no training window for sinus"):
+        adapt(make_config(tasks=[{"task": str(task_files["rhythm"]), "snapshots": [str(snapshots["staged"])]}]))
+
+
+def test_task_whose_kind_the_recipe_lacks_is_refused(make_config, snapshots):
+    with pytest.raises(ConfigError, match="needs eeg, recipe tiny_ecg has ecg"):
+        adapt(make_config(tasks=[{"task": "sleep_staging", "snapshots": [str(snapshots["coded"])]}]))
+
+
+def test_learning_rate_warms_up_and_decays():
+    factors = [rate_factor(step, steps=100, warmup=10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[-1] < 0.06
+    assert factors[10:] == sorted(factors[10:], reverse=True)
