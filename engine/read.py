@@ -1,12 +1,14 @@
 """Readers by the name that a corpus file gives; each decides by a file's content, never by its suffix."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from engine.readers import edf, physionet
+from engine.readers import edf, epochs_mat, physionet, text
+from engine.readers.edf_header import is_edf
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
@@ -22,7 +24,26 @@ class Reader:
 READERS: dict[str, Reader] = {
     "edf": Reader(read_header=edf.read_header, read_signals=edf.read_signals),
     "wfdb": Reader(read_header=physionet.read_header, read_signals=physionet.read_signals),
+    "text": Reader(read_header=text.read_header, read_signals=text.read_signals),
+    "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }
+
+
+_MAGIC_BYTES = 512
+_EDF_SUFFIXES = frozenset({".edf", ".bdf"})
+_WFDB_RECORD_LINE = re.compile(rb"\s*(?:#[^\n]*\n\s*)*[-\w./]+[ \t]+\d+(?:[ \t]+[\d.][^\n]*)?\r?\n")
+
+
+def sniff(path: Path) -> str | None:
+    """Reader for a file by its content, None where none knows it; declared layouts are never guessed.
+
+    A file that only calls itself EDF goes to that reader too, so that it is reported and not passed over.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(_MAGIC_BYTES)
+    if is_edf(start) or path.suffix.lower() in _EDF_SUFFIXES:
+        return "edf"
+    return "wfdb" if path.suffix == ".hea" and _WFDB_RECORD_LINE.match(start) else None
 
 
 def read_header(path: Path, reader: str, layout: Mapping[str, object] | None = None) -> Recording:

@@ -124,20 +124,21 @@ def parse_header(stream: BinaryIO, where: str, repairs: list[str]) -> Header:
     )
 
 
+def is_edf(start: bytes) -> bool:
+    """Whether a file that begins with these bytes calls itself EDF or BDF."""
+    return start[:8].strip(b" \0") == b"0" or (start[:1] == b"\xff" and start[1:8].upper() == b"BIOSEMI")
+
+
 def _sample_bytes(fixed: bytes, where: str) -> int:
     """2 for EDF, 3 for BDF, by the first eight bytes; the suffix of a file is not asked."""
-    if fixed[:1] == b"\xff" and fixed[1:8].upper() == b"BIOSEMI":
-        sample_bytes = 3
-    elif fixed[:8].strip(b" \0") == b"0":
-        sample_bytes = 2
-    else:
+    if not is_edf(fixed):
         what = "a git-lfs pointer; fetch the file itself" if b"git-lfs" in fixed else f"begins with {fixed[:8]!r}"
         raise RecordingError(
             "NOT_A_RECORDING", f"{where}: {what}; EDF begins with '0' and blanks, BDF with 0xFF BIOSEMI"
         )
     if len(fixed) < _FILE_BYTES:
         raise RecordingError("TRUNCATED", f"{where}: {len(fixed)} bytes; a header has at least {_FILE_BYTES}")
-    return sample_bytes
+    return 3 if fixed[0] == 0xFF else 2
 
 
 def _walk(data: bytes, fields: Sequence[tuple[str, int]], count: int) -> Iterator[tuple[str, list[bytes]]]:

@@ -97,19 +97,13 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
         per_frame = _described(header).samps_per_frame[channels[0].index] or 1
         last = recording.segments[-1]
         num_frames = int((last.start + last.duration) * channels[0].rate / per_frame)
-        try:
-            record: Any = wfdb.rdrecord(
-                name,
-                channels=list(indices),
-                sampto=None if header.sig_len is None else num_frames,
-                physical=_is_multi(header) or not _SUMMED.issuperset(header.fmt),
-                smooth_frames=False,
-                return_res=32,
-            )
-        except OSError as error:
-            raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {error}") from error
-        except _WFDB_ERRORS as error:
-            raise RecordingError("SIGNAL_INVALID", f"{path}: {type(error).__name__}: {error}") from error
+        record = _read(
+            name,
+            path,
+            channels=list(indices),
+            sampto=None if header.sig_len is None else num_frames,
+            physical=_is_multi(header) or not _SUMMED.issuperset(header.fmt),
+        )
     if record.e_d_signal is not None:
         _check_sums(record, header.sig_len, path)
         record.dac(expanded=True, return_res=32, inplace=True)
@@ -154,6 +148,17 @@ def _parse(name: str, path: Path) -> Any:
         raise RecordingError("HEADER_INVALID", f"{path}: {what}") from error
 
 
+def _read(name: str, path: Path, *, channels: list[int], sampto: int | None, physical: bool) -> Any:
+    try:
+        return wfdb.rdrecord(
+            name, channels=channels, sampto=sampto, physical=physical, smooth_frames=False, return_res=32
+        )
+    except OSError as error:
+        raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {error}") from error
+    except _WFDB_ERRORS as error:
+        raise RecordingError("SIGNAL_INVALID", f"{path}: {type(error).__name__}: {error}") from error
+
+
 def _is_multi(record: Any) -> bool:
     return isinstance(record, wfdb.MultiRecord)
 
@@ -165,7 +170,7 @@ def _described(record: Any) -> Any:
     return record
 
 
-def _runs(record: wfdb.Record | wfdb.MultiRecord, name: str, path: Path, repairs: list[str]) -> list[tuple[int, int]]:
+def _runs(record: Any, name: str, path: Path, repairs: list[str]) -> list[tuple[int, int]]:
     """Contiguous stretches as first frame and the one after the last."""
     if not _is_multi(record):
         return [(0, _num_frames(record, name, path, repairs))]
