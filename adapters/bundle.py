@@ -1,98 +1,41 @@
-"""The format of a bundle, and reading one: nothing is trusted before its SHA-256 fits.
-
-A bundle is a folder that predicts with nothing else at hand: `bundle.json` (tasks, base, hashes of all files),
-`README.md` (model card), `base/` (the exported encoder), `shared/temporal_encoder.safetensors` (which the tasks trained
-together: an adapter is valid with this one only), `adapters/TASK/` (stock PEFT files, `head.safetensors`,
-`task.json`) and `conformance/TASK.safetensors` (fixed input, expected logits). Tensors are safetensors, never pickles.
-
-The hashes tell damage, not forgery: who needs that pins the commit of the repository.
-"""
+"""Bundles: written from a finished run, read back with every check, ready to predict."""
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
+from safetensors.torch import save
 
-from adapters.config import LoraSpec
-from adapters.evaluate import collate_task
-from adapters.model import MultiTaskModel, load_strict
-from adapters.tasks import Task, TaskId
-from manifests.errors import ContractError
+from adapters.card import card_text
+from adapters.conformance import check_conformance, conformance_bytes
+from adapters.layout import (
+    CARD_FILE,
+    FORMAT,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SHARED_FILE,
+    Base,
+    FileEntry,
+    Manifest,
+    TaskRecord,
+    bundle_files,
+    chosen_tasks,
+    read_record,
+    read_tensors,
+    task_files,
+    verify_bundle,
+)
+from adapters.model import MultiTaskModel, load_strict, lora_config
+from adapters.train import AdaptResult
+from manifests.config import write_atomically
+from manifests.errors import ConfigError, ContractError
 from manifests.recipes import Recipe
 from trainer.export import load_encoder, read_card
-from trainer.read import Window
-
-FORMAT = "kymo-bundle"
-SCHEMA_VERSION = 1
-MANIFEST_FILE = "bundle.json"
-CARD_FILE = "README.md"
-BASE_FILES = ("base/encoder.json", "base/encoder.safetensors")
-SHARED_FILE = "shared/temporal_encoder.safetensors"
-TOLERANCE = 1e-4  # of conformance logits: another processor's order of summation, and no more
-
-# What the hub and its client add to a folder; never read.
-FOREIGN = re.compile(r"\.gitattributes|\.cache/huggingface/.*")
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
-    """SHA-256 (hex) and size in bytes of a file."""
-
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    size: Annotated[int, Field(ge=0)]
-
-
-class Base(_Strict):
-    """The base encoder: kind, training steps, SHA-256 of its weights."""
-
-    kind: str
-    step: int
-    sha256: str
-
-
-class Manifest(_Strict):
-    """`bundle.json`. `files` lists every file but itself."""
-
-    format: str
-    schema_version: int
-    tasks: Annotated[list[TaskId], Field(min_length=1)]
-    base: Base
-    ucs_version: int
-    ucs_digest: str
-    versions: dict[str, str]
-    files: dict[str, FileEntry]
-
-
-class TaskRecord(_Strict):
-    """`task.json`: all that prediction needs to know about a task, and where it comes from.
-
-    Attributes:
-        recipe: How its windows are made, complete.
-        shared_sha256: Of the temporal encoder that its adapter was trained with.
-        data: Corpora, snapshot and split digests, counts, channels seen in training.
-        scores: Split to scores; null where there was no window.
-    """
-
-    task: Task
-    lora: LoraSpec
-    recipe: Recipe
-    shared_sha256: str
-    data: dict[str, Any]
-    scores: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,60 +60,6 @@ class Bundle:
         return groups
 
 
-def task_files(task: str) -> dict[str, str]:
-    """Files of a task by role."""
-    return {
-        "config": f"adapters/{task}/adapter_config.json",
-        "adapter": f"adapters/{task}/adapter_model.safetensors",
-        "head": f"adapters/{task}/head.safetensors",
-        "record": f"adapters/{task}/task.json",
-        "conformance": f"conformance/{task}.safetensors",
-    }
-
-
-def bundle_files(tasks: Iterable[str]) -> list[str]:
-    """Every file that a bundle of these tasks has, but the manifest. There is no other: this is the allow-list."""
-    shared = [CARD_FILE, *BASE_FILES, SHARED_FILE]
-    return sorted([*shared, *(path for task in tasks for path in task_files(task).values())])
-
-
-def read_manifest(path: Path | str) -> Manifest:
-    """Manifest of a bundle folder, its list of files checked against the allow-list.
-
-    Raises:
-        ContractError: It is missing, of another format or version, or lists other files than a bundle has.
-    """
-    file = Path(path) / MANIFEST_FILE
-    manifest = _parse(Manifest, file, _content(file))
-    if manifest.format != FORMAT or manifest.schema_version != SCHEMA_VERSION:
-        raise ContractError(
-            f"{file}: format {manifest.format!r} version {manifest.schema_version}, "
-            f"this kymo reads {FORMAT!r} version {SCHEMA_VERSION}"
-        )
-    if list(manifest.files) != bundle_files(manifest.tasks):
-        odd = sorted(set(manifest.files) ^ set(bundle_files(manifest.tasks)))
-        raise ContractError(f"{file}: {', '.join(odd[:4])}: not the files of a bundle with these tasks")
-    return manifest
-
-
-def verify_bundle(path: Path | str, tasks: Sequence[str] | None = None) -> Manifest:
-    """Manifest of a bundle whose files all have their size and SHA-256; with `tasks`, only what those need.
-
-    Raises:
-        ContractError: A file is missing, was changed, or does not belong into a bundle.
-    """
-    path = Path(path)
-    manifest = read_manifest(path)
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        listed = name == MANIFEST_FILE or name in manifest.files or FOREIGN.fullmatch(name)
-        if not file.is_dir() and not listed:
-            raise ContractError(f"{file}: a file that bundle.json does not list; remove it")
-    for name in bundle_files(_chosen(manifest, tasks)):
-        _verified(path, name, manifest)
-    return manifest
-
-
 def load_bundle(path: Path | str, tasks: Sequence[str] | None = None) -> Bundle:
     """Bundle ready to predict, its logits on the conformance input checked.
 
@@ -183,120 +72,112 @@ def load_bundle(path: Path | str, tasks: Sequence[str] | None = None) -> Bundle:
     """
     path = Path(path)
     manifest = verify_bundle(path, tasks)
-    chosen = _chosen(manifest, tasks)
+    chosen = chosen_tasks(manifest, tasks)
     if read_card(path / "base").sha256 != manifest.base.sha256:
         raise ContractError(f"{path}: base/encoder.json is not the base that bundle.json names")
-    records = {name: _read_record(path, name, manifest) for name in chosen}
+    records = {name: read_record(path, name, manifest) for name in chosen}
     model = MultiTaskModel(
         load_encoder(path / "base"),
         {name: len(record.task.labels) for name, record in records.items()},
         lora={name: record.lora for name, record in records.items()},
     ).eval()
-    load_strict(SHARED_FILE, model.shared, _tensors(path, SHARED_FILE, manifest))
+    load_strict(SHARED_FILE, model.shared, read_tensors(path, SHARED_FILE, manifest))
     for name in chosen:
         files = task_files(name)
-        model.load_adapter(name, _tensors(path, files["adapter"], manifest))
-        load_strict(files["head"], model.heads[name], _tensors(path, files["head"], manifest))
-    bundle = Bundle(path=path, manifest=manifest, model=model, records=records)
-    for name in chosen:
-        _check_conformance(bundle, name)
-    return bundle
+        model.load_adapter(name, read_tensors(path, files["adapter"], manifest))
+        load_strict(files["head"], model.heads[name], read_tensors(path, files["head"], manifest))
+        check_conformance(model, records[name], path / files["conformance"])
+    return Bundle(path=path, manifest=manifest, model=model, records=records)
 
 
-def _chosen(manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:
-    if unknown := [name for name in tasks or () if name not in manifest.tasks]:
-        raise ContractError(f"bundle has no task {unknown[0]!r}; it has {', '.join(manifest.tasks)}")
-    return [name for name in manifest.tasks if tasks is None or name in tasks]
+def write_bundle(result: AdaptResult, directory: Path | str) -> Bundle:
+    """Bundle of a finished run, written to `directory` and read back; the same run gives the same bytes.
+
+    It is written beside and renamed. An earlier bundle in its place is replaced.
+
+    Raises:
+        ConfigError: There is something else than a bundle in `directory`.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST_FILE).exists():
+        raise ConfigError(f"{directory}: is not empty and holds no bundle; choose another folder")
+    temporary, old = directory.with_name(f".{directory.name}-new"), directory.with_name(f".{directory.name}-old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    manifest = _write_files(result, temporary)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    write_atomically(temporary / MANIFEST_FILE, text)
+    load_bundle(temporary)  # fail now, not at a stranger's
+    if directory.exists():
+        directory.rename(old)
+    temporary.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    return load_bundle(directory)
 
 
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ContractError(f"{file}: cannot be read ({error.strerror}); fetch the bundle again") from None
-
-
-def _verified(path: Path, name: str, manifest: Manifest) -> bytes:
-    """Content of a listed file whose size and hash fit."""
-    entry = manifest.files[name]
-    file = path / name
-    content = _content(file)
-    if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ContractError(
-            f"{file}: {len(content)} bytes with another SHA-256 than bundle.json lists ({entry.size} bytes); "
-            "fetch the bundle again"
+def _write_files(result: AdaptResult, folder: Path) -> Manifest:
+    model = result.model.eval()
+    encoder_dir = Path(result.config.encoder)
+    card = read_card(encoder_dir)
+    files = {f"base/{name}": (encoder_dir / name).read_bytes() for name in ("encoder.json", "encoder.safetensors")}
+    files[SHARED_FILE] = save({name: t.contiguous() for name, t in model.shared.state_dict().items()})
+    shared_sha256 = hashlib.sha256(files[SHARED_FILE]).hexdigest()
+    records = {
+        name: TaskRecord(
+            task=task,
+            lora=model.lora[name],
+            recipe=Recipe.model_validate(result.data[name]["recipe"]),
+            shared_sha256=shared_sha256,
+            data={key: value for key, value in result.data[name].items() if key != "recipe"},
+            scores=result.scores[name],
         )
-    return content
-
-
-def _tensors(path: Path, name: str, manifest: Manifest) -> dict[str, torch.Tensor]:
-    try:
-        return load(_verified(path, name, manifest))
-    except SafetensorError as error:
-        raise ContractError(f"{path / name}: not a safetensors file: {error}") from None
-
-
-def _parse(model: type[ModelT], file: Path, content: bytes) -> ModelT:
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ContractError(f"{file}: {where}: {first['msg']}; made by another kymo or damaged") from None
-
-
-def _read_record(path: Path, name: str, manifest: Manifest) -> TaskRecord:
-    """`task.json` of a task, held against the PEFT configuration and the shared encoder beside it."""
-    files = task_files(name)
-    record = _parse(TaskRecord, path / files["record"], _verified(path, files["record"], manifest))
-    peft = json.loads(_verified(path, files["config"], manifest))
-    expected = {
-        "peft_type": "LORA",
-        "r": record.lora.r,
-        "lora_alpha": record.lora.alpha,
-        "target_modules": record.lora.targets,
-        "modules_to_save": None,
-        "bias": "none",
+        for name, task in result.tasks.items()
     }
-    for key, value in expected.items():
-        if peft.get(key) != value:
-            raise ContractError(f"{path / files['config']}: {key} is {peft.get(key)!r}, task.json says {value!r}")
-    if record.task.id != name:
-        raise ContractError(f"{path / files['record']}: task {record.task.id!r} lies in the folder of {name!r}")
-    if record.shared_sha256 != manifest.files[SHARED_FILE].sha256:
-        raise ContractError(f"{path / files['record']}: trained with another shared temporal encoder; not usable here")
-    return record
+    for name, record in records.items():
+        roles = task_files(name)
+        files[roles["config"]] = _peft_config(result, name)
+        files[roles["adapter"]] = _adapter(result, name)
+        files[roles["head"]] = save(dict(model.heads[name].state_dict()))
+        files[roles["record"]] = (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode()
+        files[roles["conformance"]] = conformance_bytes(model, record)
+    encoder = f"{card.kind}, {card.step} steps of pretraining, `{card.sha256[:16]}`"
+    files[CARD_FILE] = card_text(result.config.card, records, encoder=encoder).encode()
+    for path, content in files.items():
+        write_atomically(folder / path, content)
+    return Manifest(
+        format=FORMAT,
+        schema_version=SCHEMA_VERSION,
+        tasks=list(records),
+        base=Base(kind=card.kind, step=card.step, sha256=card.sha256),
+        ucs_version=card.ucs_version,
+        ucs_digest=card.ucs_digest,
+        versions={name: metadata.version(name) for name in ("peft", "safetensors", "torch")},
+        files={
+            path: FileEntry(sha256=hashlib.sha256(files[path]).hexdigest(), size=len(files[path]))
+            for path in bundle_files(records)
+        },
+    )
 
 
-def read_conformance(file: Path) -> tuple[list[Window], np.ndarray]:
-    """Windows and expected logits (W, K) of a conformance file."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            metas = json.loads(tensors.metadata()["windows"])
-            windows = [
-                Window(
-                    key=meta["key"],
-                    position=index,
-                    epoch=0,
-                    corpus=meta["corpus"],
-                    recording=meta["recording"],
-                    meta=meta,
-                    arrays={kind: tensors.get_tensor(f"{index}.{kind}") for kind in meta["ucs"]},
-                )
-                for index, meta in enumerate(metas)
-            ]
-            return windows, tensors.get_tensor("logits")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ContractError(f"{file}: not a conformance file: {error}") from None
+def _peft_config(result: AdaptResult, task: str) -> bytes:
+    config = lora_config(result.model.lora[task])
+    config.inference_mode = True
+    config.base_model_name_or_path = "../../base"
+    return (json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_conformance(bundle: Bundle, name: str) -> None:
-    file = bundle.path / task_files(name)["conformance"]
-    windows, expected = read_conformance(file)
-    with torch.no_grad():
-        logits = bundle.model(name, collate_task(bundle.records[name].task, windows)).numpy()
-    if logits.shape != expected.shape or not np.abs(logits - expected).max() <= TOLERANCE:
-        raise ContractError(
-            f"{file}: this machine computes other logits than the bundle's maker (limit {TOLERANCE:g}); "
-            "update kymo, or report this with both versions"
-        )
+def _plain(value: Any) -> Any:
+    """Enums and sets of a PEFT configuration as JSON values."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _adapter(result: AdaptResult, task: str) -> bytes:
+    spec = result.model.lora[task]
+    tensors = {name: tensor.detach().contiguous() for name, tensor in result.model.adapter_tensors(task).items()}
+    # Rank and alpha stand in the header too: files that lost them were loaded at a wrong scale. One key only, since
+    # safetensors writes several in random order.
+    return save(tensors, {"lora": json.dumps({"alpha": spec.alpha, "r": spec.r})})

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from adapters.bundle import TaskRecord
 from adapters.config import Card
+from adapters.layout import TaskRecord
 from manifests.recipes import KindRule
 
 METRICS = {
@@ -44,15 +44,14 @@ def _front_matter(card: Card, records: Mapping[str, TaskRecord]) -> str:
         EvalResult(
             task_type=name,
             task_name=record.task.title,
-            dataset_type=corpus,
-            dataset_name=str(_corpus(record, corpus).get("title", corpus)),
+            dataset_type="+".join(record.data["corpora"]),
+            dataset_name=", ".join(str(facts.get("title", corpus)) for corpus, facts in record.data["corpora"].items()),
             dataset_split="test",
             metric_type=metric,
             metric_name=METRICS[metric],
             metric_value=round(entry["value"], 4),
         )
         for name, record in records.items()
-        for corpus in list(record.data["corpora"])[:1]
         for metric, entry in ((record.scores.get("test") or {}).get("metrics") or {}).items()
         if entry["value"] is not None
     ]
@@ -67,10 +66,6 @@ def _front_matter(card: Card, records: Mapping[str, TaskRecord]) -> str:
     if not results:
         del data.model_name
     return data.to_yaml()
-
-
-def _corpus(record: TaskRecord, corpus: str) -> dict[str, Any]:
-    return record.data["corpora"][corpus]
 
 
 def _task_section(name: str, record: TaskRecord) -> list[str]:

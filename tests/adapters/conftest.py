@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.compose import write_bundle
+from adapters.bundle import write_bundle
 from adapters.config import AdaptConfig
 from adapters.tasks import load_task
 from adapters.train import AdaptResult, adapt

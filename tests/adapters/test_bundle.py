@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from adapters.bundle import load_bundle, read_conformance, read_manifest, task_files
-from adapters.compose import write_bundle
+from adapters.bundle import load_bundle, write_bundle
+from adapters.conformance import read_conformance
 from adapters.evaluate import collate_task
+from adapters.layout import read_manifest, task_files
 from adapters.model import MultiTaskModel
 from manifests.errors import ConfigError, ContractError
 from trainer.export import load_encoder
