@@ -51,7 +51,7 @@ def join_processes(backend: str) -> None:
     if not has_gpu:
         # Otherwise the first use on a CPU compiles an operator for a hundred seconds; a kill -9 in that time
         # leaves a lock that hangs every later run.
-        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
     deepspeed.comm.init_distributed(dist_backend=chosen, auto_mpi_discovery=False, verbose=False)
 
 
