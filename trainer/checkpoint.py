@@ -177,6 +177,11 @@ def _commit(temporary: Path, final: Path) -> None:
         os.close(descriptor)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Newest committed checkpoint, without looking into it."""
+    return next((path for path, _ in _named(folder) if path.name.startswith("step-")), None)
+
+
 def verify_checkpoint(path: Path) -> None:
     """Nothing, if every file of a checkpoint has the size and the SHA-256 of its manifest.
 

@@ -28,16 +28,17 @@ from trainer.checkpoint import (
     collect_garbage,
     find_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     next_attempt,
     read_weights,
     save_checkpoint,
 )
 from trainer.collectives import rank, sum_over_ranks, world_size
 from trainer.config import PretrainConfig, differing_keys, order_digest, run_digest
-from trainer.data import Address, Order, load_streams, order_state, part_sizes, resume_order
+from trainer.data import Address, Order, Stream, load_streams, order_state, part_sizes, resume_order
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
-from trainer.metrics import MetricsWriter
+from trainer.metrics import MetricsWriter, read_metrics
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
 from trainer.read import SnapshotReader, Window
@@ -120,11 +121,11 @@ class _Run:
         self.config = config
         self.run_dir = Path(config.run_dir).absolute()
         self.checkpoints = self.run_dir / CHECKPOINT_FOLDER
+        streams = check_run(config)
         _open_run(self.run_dir, config)
         torch.manual_seed(config.seed)
         self.objective = build_objective(build_encoder(config.encoder), config.objective)
         self.model = initialise(self.objective, config)
-        streams = load_streams(config.snapshots, split=config.split, keep=config.filter)
         self.order = Order(streams, seed=config.seed, global_batch=config.global_batch)
         self.attempt = next_attempt(self.checkpoints)
         self.saved = find_checkpoint(self.checkpoints)
@@ -293,14 +294,44 @@ def held_out_windows(config: PretrainConfig) -> list[Window]:
         reader.close()
 
 
-def _open_run(run_dir: Path, config: PretrainConfig) -> None:
-    """Write the run's header, unless the folder belongs to a run with another configuration."""
-    earlier = run_dir / "config.yaml"
+def check_run(config: PretrainConfig) -> list[Stream]:
+    """Streams that a run trains on, if nothing that can be seen beforehand is wrong. Not a collective.
+
+    Raises:
+        ConfigError: `run_dir` holds a run with another configuration, or no sample passes the filter.
+        ContractError: A snapshot breaks its contract.
+    """
+    earlier = Path(config.run_dir) / "config.yaml"
     if earlier.exists() and (keys := differing_keys(config, read_yaml(earlier))):
         raise ConfigError(
-            f"{run_dir}: holds a run with another configuration ({'; '.join(keys)}); "
+            f"{config.run_dir}: holds a run with another configuration ({'; '.join(keys)}); "
             "set these keys back, or give another run_dir"
         )
+    if config.evaluation is not None:
+        load_streams(config.snapshots, split=config.evaluation.split, keep=config.filter)
+    return load_streams(config.snapshots, split=config.split, keep=config.filter)
+
+
+def read_result(config: PretrainConfig) -> PretrainResult:
+    """Where a run stands according to its folder, for a process that did not train."""
+    run_dir = Path(config.run_dir).absolute()
+    rows = read_metrics(run_dir)
+    evaluations = [
+        {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")} for row in rows
+    ]
+    step = rows[-1]["step"] if rows else 0
+    return PretrainResult(
+        step=step,
+        is_finished=step >= config.steps,
+        loss=rows[-1]["loss"] if rows else None,
+        checkpoint=newest_checkpoint(run_dir / CHECKPOINT_FOLDER),
+        encoder=run_dir / ENCODER_FOLDER,
+        evaluation=next((values for values in reversed(evaluations) if values), {}),
+    )
+
+
+def _open_run(run_dir: Path, config: PretrainConfig) -> None:
+    """Write the run's header."""
     # All ranks have looked before rank 0 writes.
     sum_over_ranks(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
     if rank() == 0:

@@ -1,0 +1,109 @@
+"""Pretraining under Ray Train: the same `pretrain`, on workers that Ray starts, watches and starts again.
+
+Our own checkpoints in `run_dir` are the truth. Nothing that Ray stores is ever read back: a run name is used once,
+because one truncated file of Ray's would keep a named run from starting for ever, and Ray never falls back to an
+older checkpoint. To stop a run gracefully make the file `run_dir/STOP`.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from manifests.errors import ConfigError, ContractError
+from trainer.collectives import rank
+from trainer.config import PretrainConfig
+from trainer.loop import PretrainResult, check_run, pretrain, read_result
+
+logger = logging.getLogger(__name__)
+
+WORKERS_FOLDER = "workers"
+OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray
+
+
+def launch(config: PretrainConfig) -> PretrainResult:
+    """Train with `config.num_workers` Ray workers; a worker that dies costs the steps since the last checkpoint.
+
+    Raises:
+        ConfigError: As `pretrain`, as far as it can be seen before Ray starts and after the last retry.
+        ContractError: The same for artefacts.
+        WorkerGroupError: Workers died more often than `ray.max_failures` allows.
+    """
+    config = _with_absolute_paths(config)
+    check_run(config)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(config.ray.health_check_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.start_timeout_s)
+    run_dir = Path(config.run_dir)
+    has_gpu = torch.cuda.is_available()
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend=None if config.backend == "auto" else config.backend),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=has_gpu,
+            resources_per_worker={"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if has_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"{run_dir.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+        ),
+    )
+    with _cluster(config):
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                cause = getattr(failure, "cause", None) or failure
+                if isinstance(cause, ConfigError | ContractError):
+                    raise type(cause)(str(cause)) from error
+            raise
+    return read_result(config)
+
+
+def train_on_worker(plain: dict[str, Any]) -> None:
+    """What each Ray worker runs; `plain["config"]` is a PretrainConfig as plain data."""
+    config = PretrainConfig.model_validate(plain["config"])
+    folder = Path(config.run_dir) / WORKERS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f"rank-{rank()}.pid"
+    mark.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    try:
+        pretrain(config, report=ray.train.report)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
+    """The same run for a worker in another working directory."""
+    snapshots = [source.model_copy(update={"path": str(Path(source.path).absolute())}) for source in config.snapshots]
+    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "snapshots": snapshots})
+
+
+@contextmanager
+def _cluster(config: PretrainConfig) -> Iterator[None]:
+    """A connection to the cluster of `ray.address` or RAY_ADDRESS, else to a local one that ends with the run."""
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address)
+    else:
+        num_cpus = int(config.num_workers * config.ray.cpus_per_worker) + 1  # one for the controller
+        ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+    try:
+        yield
+    finally:
+        ray.shutdown()
