@@ -2,6 +2,7 @@
 
 import logging
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +24,62 @@ _DAY_S = 86400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """Labelled intervals, and how often each text came up that the corpus file does not list.
+    """Labels of a recording, in the one of three forms that its corpus file calls the target.
 
     >>> read_labels(recording, corpus, subject="00")
-    Labels(annotations=(Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...), unmapped={})
+    Labels(stages=(Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...), ...)
+
+    Attributes:
+        stages: Intervals in time order, texts `W N1 N2 N3 R ?`.
+        events: Intervals in time order.
+        classes: Labels of the recording as a whole.
+        unmapped: How often each text came up that the corpus file does not list.
     """
 
-    annotations: tuple[Annotation, ...]
+    stages: tuple[Annotation, ...] = ()
+    events: tuple[Annotation, ...] = ()
+    classes: tuple[str, ...] = ()
     unmapped: dict[str, int] = field(default_factory=dict)
+    _longest: Fraction = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Keep the longest interval's duration, which bounds how far a look-up by time goes back."""
+        longest = max((found.duration for found in (*self.stages, *self.events)), default=Fraction(0))
+        object.__setattr__(self, "_longest", longest)
+
+    def stage_at(self, start: Fraction, epoch_s: int) -> str:
+        """Stage that fills most of an epoch, the earlier of equals; `?` where none fills half of it."""
+        shares: dict[str, Fraction] = {}
+        for found in self._overlapping(self.stages, start, start + epoch_s):
+            inside = min(start + epoch_s, found.onset + found.duration) - max(start, found.onset)
+            shares[found.text] = shares.get(found.text, Fraction(0)) + inside
+        best = max(shares, key=lambda text: shares[text], default="?")
+        return best if shares and 2 * shares[best] >= epoch_s else "?"
+
+    def events_in(self, start: Fraction, window_s: int) -> tuple[list[tuple[Fraction, Fraction, str]], list[str]]:
+        """Events of a window as (onset from its start, duration, text) in seconds, cut at its edges.
+
+        The second item has the texts of the events that cover the window's start.
+        """
+        found = self._overlapping(self.events, start, start + window_s)
+        inside = [
+            (
+                max(event.onset - start, Fraction(0)),
+                min(event.onset + event.duration, start + window_s) - max(event.onset, start),
+                event.text,
+            )
+            for event in found
+        ]
+        covering = [event.text for event in found if event.onset <= start < event.onset + event.duration]
+        return inside, covering
+
+    def _overlapping(self, intervals: Sequence[Annotation], start: Fraction, stop: Fraction) -> list[Annotation]:
+        """Those that reach into [start, stop); an instant counts where it lies inside."""
+        first = bisect_left(intervals, start - self._longest, key=lambda found: found.onset)
+        last = bisect_left(intervals, stop, key=lambda found: found.onset)
+        return [
+            found for found in intervals[first:last] if found.onset + found.duration > start or found.onset >= start
+        ]
 
 
 def read_labels(recording: Recording, corpus: Corpus, *, subject: str = "") -> Labels:
@@ -52,12 +101,15 @@ def read_labels(recording: Recording, corpus: Corpus, *, subject: str = "") -> L
     unmapped = Counter(annotation.text for annotation in raw if annotation.text not in rule.map)
     if unmapped:
         logger.info("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
+    mapped = [
+        Annotation(onset=annotation.onset, duration=annotation.duration, text=canonical)
+        for annotation in sorted(raw, key=lambda annotation: annotation.onset)
+        if (canonical := rule.map.get(annotation.text)) is not None
+    ]
     return Labels(
-        annotations=tuple(
-            Annotation(onset=annotation.onset, duration=annotation.duration, text=canonical)
-            for annotation in raw
-            if (canonical := rule.map.get(annotation.text)) is not None
-        ),
+        stages=tuple(mapped) if rule.target == "stage" else (),
+        events=tuple(mapped) if rule.target == "events" else (),
+        classes=tuple(dict.fromkeys(found.text for found in mapped)) if rule.target == "classes" else (),
         unmapped=dict(unmapped),
     )
 
