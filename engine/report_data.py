@@ -1,0 +1,226 @@
+"""What a report tells, read from a snapshot's folder: samples, commits, training runs."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from engine.commit import COMMITS_DIR
+from manifests.channels import KINDS
+from manifests.errors import ConfigError
+from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
+
+
+class _Lenient(BaseModel):
+    """Part of a commit. A report also reads the commits of older and newer versions, so fields may come and go."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Rejected(_Lenient):
+    """A recording that was not used, why, and the command that shows it."""
+
+    corpus: str = ""
+    path: str = ""
+    reason: str = "UNKNOWN"
+    message: str = ""
+    command: str = ""
+
+
+class LeftOut(_Lenient):
+    """A channel label that stands in no sample, why, and in how many recordings."""
+
+    corpus: str = ""
+    label: str
+    count: int = 1
+    reason: str = ""
+
+
+class UnitCounts(_Lenient):
+    """Totals of a unit."""
+
+    recordings: int = 0
+    quarantined: int = 0
+    windows: int = 0
+    dropped: dict[str, int] = {}
+
+
+class UnitReport(_Lenient):
+    """What a report reads of a unit's commit."""
+
+    counts: UnitCounts = UnitCounts()
+    quarantine: list[Rejected] = []
+    unresolved: list[LeftOut] = []
+    unmapped: dict[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """A snapshot's manifest, its sample rows and the commits of its units."""
+
+    folder: Path
+    snapshot: Snapshot
+    samples: pa.Table
+    commits: tuple[UnitReport, ...]
+
+    @property
+    def hours_per_window(self) -> float:
+        """Recorded hours that one window stands for; overlapping windows count their hop."""
+        recipe = self.snapshot.recipe
+        return min(recipe["window_s"], recipe["hop_s"]) / 3600
+
+    @property
+    def corpora(self) -> list[str]:
+        """Corpus ids, sorted."""
+        return sorted(self.snapshot.corpora)
+
+
+def read_report_data(snapshot_dir: Path | str) -> ReportData:
+    """Everything a report needs from a snapshot's folder; no tar is opened.
+
+    Raises:
+        ConfigError: No finished snapshot in the folder, or a commit that cannot be read.
+        ContractError: The snapshot was changed after it was written.
+    """
+    folder = Path(snapshot_dir)
+    snapshot = load_snapshot(folder)
+    commits = []
+    for path in sorted((folder / COMMITS_DIR).glob("commit-*.json")):
+        try:
+            commits.append(UnitReport.model_validate_json(path.read_bytes()))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not a commit of this kymo: {error}; run kymo convert again") from None
+    samples = pq.read_table(folder / SAMPLES_FILE)
+    return ReportData(folder=folder, snapshot=snapshot, samples=samples, commits=tuple(commits))
+
+
+def hours_by_kind(data: ReportData) -> tuple[list[str], np.ndarray]:
+    """Kinds present, and hours of windows with each, shape (corpora, kinds)."""
+    counts = _counts(_one_row_each(data.samples, "corpus", "kinds"), ("corpus", "kinds"))
+    kinds = [kind for kind in KINDS if any(kind == found for _, found in counts)]
+    hours = [[counts[corpus, kind] * data.hours_per_window for kind in kinds] for corpus in data.corpora]
+    return kinds, np.array(hours).reshape(len(data.corpora), len(kinds))
+
+
+def _one_row_each(table: pa.Table, name: str, list_name: str) -> pa.Table:
+    """Two columns, the lists of the second laid out one item a row."""
+    lists = cast("pa.ListArray[Any]", pa.concat_arrays(table.column(list_name).chunks))
+    parents = table.column(name).take(lists.value_parent_indices())
+    return pa.table({name: parents, list_name: lists.flatten()})
+
+
+def _counts(table: pa.Table, columns: Sequence[str]) -> Counter[tuple[Any, ...]]:
+    grouped = table.group_by(list(columns)).aggregate([([], "count_all")])
+    values = [grouped.column(name).to_pylist() for name in columns]
+    return Counter(dict(zip(zip(*values, strict=True), grouped.column("count_all").to_pylist(), strict=True)))
+
+
+def channels_by_recording(data: ReportData) -> dict[tuple[str, str], frozenset[str]]:
+    """(corpus, recording) to the symbols of its windows; all windows of a recording have the same channels."""
+    recordings = data.samples.column("recording").combine_chunks().dictionary_encode()
+    _, first = np.unique(recordings.indices.to_numpy(), return_index=True)
+    rows = data.samples.select(["corpus", "recording", "symbols"]).take(pa.array(np.sort(first)))
+    return {(row["corpus"], row["recording"]): frozenset(row["symbols"]) for row in rows.to_pylist()}
+
+
+def symbol_order(symbol: str) -> tuple[int, str]:
+    """Sort key of a symbol: kinds in the order of the schema, then by name."""
+    kind, _, name = symbol.partition(":")
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), name)
+
+
+def label_counts(data: ReportData, column: str) -> dict[str, Counter[str]]:
+    """Split to windows by `stage` or by one of their `classes`."""
+    table = data.samples.select(["split", column])
+    if column == "classes":
+        table = _one_row_each(table, "split", "classes")
+    result: dict[str, Counter[str]] = {}
+    for (split, label), count in _counts(table, ("split", column)).items():
+        if label is not None:
+            result.setdefault(split, Counter())[label] += count
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """From files to windows. Recordings: found = committed + quarantined; windows: cut = kept + dropped."""
+
+    found: int
+    quarantined: dict[str, int]
+    committed: int
+    cut: int
+    dropped: dict[str, int]
+    kept: int
+
+
+def losses(data: ReportData) -> Losses:
+    """Losses over all units, by reason, the most frequent first."""
+    reasons = Counter(item.reason for commit in data.commits for item in commit.quarantine)
+    dropped: Counter[str] = Counter()
+    for commit in data.commits:
+        dropped.update({reason: count for reason, count in commit.counts.dropped.items() if count})
+    found = sum(commit.counts.recordings for commit in data.commits)
+    kept = sum(commit.counts.windows for commit in data.commits)
+    return Losses(
+        found=found,
+        quarantined=dict(reasons.most_common()),
+        committed=found - sum(commit.counts.quarantined for commit in data.commits),
+        cut=kept + sum(dropped.values()),
+        dropped=dict(dropped.most_common()),
+        kept=kept,
+    )
+
+
+def unresolved_labels(data: ReportData) -> list[dict[str, Any]]:
+    """Labels that no sample holds: corpus, label, recordings, reason; the most frequent first."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for commit in data.commits:
+        for item in commit.unresolved:
+            counts[item.corpus, item.label, item.reason] += item.count
+    return [
+        {"corpus": corpus, "label": label, "recordings": count, "reason": reason}
+        for (corpus, label, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def unmapped_texts(data: ReportData) -> list[dict[str, Any]]:
+    """Annotation texts that a corpus file does not map, with their number."""
+    counts: Counter[str] = Counter()
+    for commit in data.commits:
+        counts.update(commit.unmapped)
+    return [{"text": text, "count": count} for text, count in counts.most_common()]
+
+
+def example_keys(data: ReportData, limit: int) -> list[str]:
+    """Keys of typical windows: one per corpus and label in turn, with the most channels and the best quality."""
+    columns = ["key", "corpus", "stage", "classes", "num_channels", "quality"]
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    # Any sample of a large snapshot will do: look at about 50,000 rows spread over it.
+    step = max(1, len(data.samples) // 50_000)
+    rows = data.samples.select(columns).take(pa.array(np.arange(0, len(data.samples), step)))
+    for row in rows.to_pylist():
+        group = row["corpus"], row["stage"] or ",".join(row["classes"]) or "none"
+        rank = row["num_channels"], row["quality"]
+        if group not in best or rank > (best[group]["num_channels"], best[group]["quality"]):
+            best[group] = row
+    by_corpus: dict[str, list[str]] = {}
+    for (corpus, _), row in sorted(best.items()):
+        by_corpus.setdefault(corpus, []).append(row["key"])
+    share = max(1, limit // max(1, len(by_corpus)))
+    return [key for keys in by_corpus.values() for key in keys[:share]][:limit]
+
+
+def metrics_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of a training run's `metrics.jsonl` that are whole; none when the run has not logged yet."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a whole row ends with a line break
+    return [json.loads(line) for line in lines if line]
