@@ -27,25 +27,38 @@ class Labels:
     """Labels of a recording, in the one of three forms that its corpus file calls the target.
 
     >>> read_labels(recording, corpus, subject="00")
-    Labels(stages=(Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...), ...)
+    Labels(annotations=(Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...), ...)
 
     Attributes:
-        stages: Intervals in time order, texts `W N1 N2 N3 R ?`.
-        events: Intervals in time order.
-        classes: Labels of the recording as a whole.
+        annotations: Intervals in time order, texts as the corpus file maps them.
+        target: What they are: `stage`, `events`, or `classes` of the recording as a whole.
         unmapped: How often each text came up that the corpus file does not list.
     """
 
-    stages: tuple[Annotation, ...] = ()
-    events: tuple[Annotation, ...] = ()
-    classes: tuple[str, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
+    target: str = "events"
     unmapped: dict[str, int] = field(default_factory=dict)
     _longest: Fraction = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Keep the longest interval's duration, which bounds how far a look-up by time goes back."""
-        longest = max((found.duration for found in (*self.stages, *self.events)), default=Fraction(0))
+        longest = max((found.duration for found in self.annotations), default=Fraction(0))
         object.__setattr__(self, "_longest", longest)
+
+    @property
+    def stages(self) -> tuple[Annotation, ...]:
+        """Intervals of sleep stages `W N1 N2 N3 R ?`, empty where the target is another one."""
+        return self.annotations if self.target == "stage" else ()
+
+    @property
+    def events(self) -> tuple[Annotation, ...]:
+        """Intervals of events, empty where the target is another one."""
+        return self.annotations if self.target == "events" else ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels of the recording as a whole, each once, empty where the target is another one."""
+        return tuple(dict.fromkeys(a.text for a in self.annotations)) if self.target == "classes" else ()
 
     def stage_at(self, start: Fraction, epoch_s: int) -> str:
         """Stage that fills most of an epoch, the earlier of equals; `?` where none fills half of it."""
@@ -101,17 +114,12 @@ def read_labels(recording: Recording, corpus: Corpus, *, subject: str = "") -> L
     unmapped = Counter(annotation.text for annotation in raw if annotation.text not in rule.map)
     if unmapped:
         logger.info("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
-    mapped = [
+    mapped = tuple(
         Annotation(onset=annotation.onset, duration=annotation.duration, text=canonical)
         for annotation in sorted(raw, key=lambda annotation: annotation.onset)
         if (canonical := rule.map.get(annotation.text)) is not None
-    ]
-    return Labels(
-        stages=tuple(mapped) if rule.target == "stage" else (),
-        events=tuple(mapped) if rule.target == "events" else (),
-        classes=tuple(dict.fromkeys(found.text for found in mapped)) if rule.target == "classes" else (),
-        unmapped=dict(unmapped),
     )
+    return Labels(annotations=mapped, target=rule.target, unmapped=dict(unmapped))
 
 
 def _raw(recording: Recording, corpus: Corpus, subject: str) -> Sequence[Annotation]:

@@ -1,0 +1,183 @@
+"""Labels from every source, mapped by the corpus file, and looked up by time."""
+
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.annotations import Labels, read_labels
+from engine.read import read_header
+from engine.recording import Annotation, Channel, Recording, Segment
+from manifests.corpora import Corpus, load_corpus
+from manifests.errors import ConfigError, RecordingError
+
+
+def corpus(annotations, pattern=r"(?P<subject>\w+)\.\w+$", reader="edf"):
+    return Corpus(
+        id="tiny",
+        title="t",
+        licence="CC0",
+        access="open",
+        reader=reader,
+        files=["*"],
+        subject={"pattern": pattern},
+        annotations=annotations,
+    )
+
+
+def recording(path: Path, **extra) -> Recording:
+    channel = Channel(index=0, label="C3", rate=Fraction(100), unit="uV", prefilter="", num_samples=12000)
+    segments = (Segment(start=Fraction(0), duration=Fraction(120)),)
+    return Recording(path=path, channels=(channel,), segments=segments, extra=extra)
+
+
+def spans(annotations):
+    return [(float(a.onset), float(a.duration), a.text) for a in annotations]
+
+
+def interval(onset, duration, text):
+    return Annotation(onset=Fraction(onset), duration=Fraction(duration), text=text)
+
+
+def test_dreams_codes_become_runs_of_stages(shared_data):
+    dreams = load_corpus("dreams_psg")
+    found = read_labels(read_header(shared_data / "dreams_spindles/excerpt3.edf", "edf"), dreams, subject="3")
+    lines = (shared_data / "dreams_spindles/Hypnogram_excerpt3.txt").read_text().split()[1:]
+    for place, code in enumerate(lines):
+        expected = dreams.annotations.map[code]
+        assert found.stage_at(Fraction(5 * place), 5) == expected
+    assert sum(stage.duration for stage in found.stages) == 5 * len(lines) == 1800
+    assert found.unmapped == {}
+    assert (found.events, found.classes) == ((), ())
+
+
+def test_stage_codes_of_ucddb_give_one_run_per_change(tmp_path, shared_data):
+    text = (shared_data / "ucddb_epochs/ucddb018_stage.txt").read_text()
+    (tmp_path / "a_stage.txt").write_text(text)
+    rule = {"source": "text_codes", "pattern": "{stem}_stage.txt", "map": {str(i): "?" for i in range(9)}}
+    found = read_labels(recording(tmp_path / "a.edf"), corpus(rule))
+    codes = text.split()
+    assert sum(stage.duration for stage in found.stages) == 30 * len(codes)
+    assert len(found.stages) == 1 + sum(a != b for a, b in pairwise(codes))
+
+
+def test_rhythms_of_a_wfdb_file_last_to_the_next(shared_data):
+    found = read_labels(read_header(shared_data / "mitdb/200.hea", "wfdb"), load_corpus("mitdb"))
+    assert not [text for text in found.unmapped if text.startswith("(")]
+    assert len(found.events) == 148
+    for first, second in pairwise(found.events):
+        assert first.onset + first.duration == second.onset
+    assert found.events[-1].onset + found.events[-1].duration == Fraction(650000, 360)
+
+
+def test_af_episodes_of_cpsc2021_are_events(shared_data):
+    corpus_af = load_corpus("cpsc2021_af")
+    found = read_labels(read_header(shared_data / "cpsc2021_af/data_101_6.hea", "wfdb"), corpus_af)
+    assert [event.text for event in found.events][:3] == ["atrial_fibrillation", "normal_rhythm", "atrial_fibrillation"]
+
+
+def test_header_codes_tolerate_double_commas_and_repeats(tmp_path):
+    rule = {"source": "header_dx", "target": "classes", "map": {"1": "one", "2": "two", "9": None}}
+    found = read_labels(recording(tmp_path / "a.hea", Dx="1,,2, 1,9,7"), corpus(rule))
+    assert found.classes == ("one", "two")
+    assert found.unmapped == {"7": 1}
+    with pytest.raises(RecordingError, match="#Dx") as caught:
+        read_labels(recording(tmp_path / "a.hea"), corpus(rule))
+    assert caught.value.reason == "ANNOTATION_INVALID"
+
+
+def test_challenge_2021_classes_come_from_the_header(shared_data):
+    header = read_header(shared_data / "challenge2021_12lead/Q/Q0010.hea", "wfdb")
+    assert read_labels(header, load_corpus("challenge2021")).classes == ("427172004", "164865005")
+
+
+def test_eegmmidb_events_stand_in_the_file(shared_data):
+    header = read_header(shared_data / "eegmmidb/S001/S001R04.edf", "edf")
+    found = read_labels(header, load_corpus("eegmmidb"))
+    assert spans(found.events)[:2] == [(0.0, 4.2, "rest"), (4.2, 4.1, "right_fist")]
+    inside, covering = found.events_in(Fraction(4), 4)
+    assert covering == ["rest"]
+    assert [(float(a), float(b), text) for a, b, text in inside] == [(0, 0.2, "rest"), (0.2, 3.8, "right_fist")]
+
+
+def test_a_stage_in_the_file_name_spans_the_recording(tmp_path):
+    rule = {"source": "filename", "pattern": "_stage(?P<label>wake|deep)", "map": {"wake": "W", "deep": "N3"}}
+    found = read_labels(recording(tmp_path / "ucd002_stagedeep.mat"), corpus(rule))
+    assert spans(found.stages) == [(0, 120, "N3")]
+    with pytest.raises(RecordingError, match="does not match"):
+        read_labels(recording(tmp_path / "other.mat"), corpus(rule))
+
+
+def test_a_second_edf_file_is_found_by_glob_and_moved_by_its_start(tmp_path, shared_data):
+    hypnogram = (shared_data / "sleep_edf/SC4001EC-Hypnogram.edf").read_bytes()
+    (tmp_path / "SC4001EC-Hypnogram.edf").write_bytes(hypnogram)
+    sleep = load_corpus("sleep_edf")
+    path = tmp_path / "SC4001E0-PSG.edf"
+    for start, first in (("16:13:00", 0), ("16:12:30", 30), ("16:14:00", -60)):
+        found = read_labels(recording(path, start_time=start), sleep, subject="00")
+        assert spans(found.stages)[0] == (first, 30630, "W")
+    (tmp_path / "SC4001EH-Hypnogram.edf").write_bytes(hypnogram)
+    with pytest.raises(RecordingError, match="2 label files") as caught:
+        read_labels(recording(path), sleep, subject="00")
+    assert caught.value.reason == "ANNOTATION_INVALID"
+
+
+def test_midnight_between_both_starts_counts_the_short_way(tmp_path, shared_data):
+    data = bytearray((shared_data / "sleep_edf/SC4001EC-Hypnogram.edf").read_bytes())
+    data[176:184] = b"00.00.10"
+    (tmp_path / "h.edf").write_bytes(bytes(data))
+    rule = {"source": "edf_file", "pattern": "h.edf", "map": {"Sleep stage W": "W"}}
+    found = read_labels(recording(tmp_path / "a.edf", start_time="23:59:50"), corpus(rule))
+    assert found.stages[0].onset == 20
+
+
+def test_promised_labels_that_are_missing_or_garbled_are_refused(tmp_path):
+    rule = {"source": "text_codes", "pattern": "{stem}.txt", "map": {"0": "W"}}
+    with pytest.raises(RecordingError, match="0 label files"):
+        read_labels(recording(tmp_path / "a.edf"), corpus(rule))
+    (tmp_path / "a.txt").write_text("0\n1 2\n")
+    with pytest.raises(RecordingError, match="1 2"):
+        read_labels(recording(tmp_path / "a.edf"), corpus(rule))
+    with pytest.raises(ConfigError, match="scorer"):
+        read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "pattern": "{scorer}.txt"}))
+
+
+def test_texts_that_are_not_listed_are_counted_and_null_is_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("[Hypnogram]\n0\n0\n1\n8\n0\n")
+    rule = {"source": "text_codes", "pattern": "{stem}.txt", "map": {"0": "W", "1": None}, "epoch_s": 20}
+    found = read_labels(recording(tmp_path / "a.edf"), corpus(rule))
+    assert spans(found.stages) == [(0, 40, "W"), (80, 20, "W")]
+    assert found.unmapped == {"8": 1}
+    assert read_labels(recording(tmp_path / "a.edf"), corpus({"source": "none"})).annotations == ()
+
+
+def test_a_stage_needs_half_of_the_epoch():
+    labels = Labels(
+        target="stage",
+        annotations=(interval(0, 10, "W"), interval(10, 5, "N1"), interval(15, 14, "W"), interval(60, 15, "R")),
+    )
+    assert labels.stage_at(Fraction(0), 30) == "W"
+    assert labels.stage_at(Fraction(30), 30) == "?"
+    assert labels.stage_at(Fraction(60), 30) == "R"
+    assert labels.stage_at(Fraction(61), 30) == "?"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=12),
+    st.integers(0, 80),
+    st.integers(1, 30),
+)
+def test_events_of_a_window_are_those_that_touch_it(pairs, start, window_s):
+    events = tuple(interval(onset, duration, f"{i}") for i, (onset, duration) in enumerate(sorted(pairs)))
+    inside, covering = Labels(annotations=events).events_in(Fraction(start), window_s)
+    stop = start + window_s
+    touching = [e for e in events if (e.onset < stop and e.onset + e.duration > start) or start <= e.onset < stop]
+    assert [text for _, _, text in inside] == [e.text for e in touching]
+    assert covering == [e.text for e in events if e.onset <= start < e.onset + e.duration]
+    for onset, duration, text in inside:
+        event = events[int(text)]
+        assert start + onset == max(start, event.onset)
+        assert start + onset + duration == min(stop, event.onset + event.duration)
