@@ -1,0 +1,56 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from trainer.metrics import MetricsWriter, describe, read_metrics
+
+
+def write(writer: MetricsWriter, steps: range) -> None:
+    for step in steps:
+        writer.write(step, {"loss": 1.0 / step, "lr": 1e-3, "grad_norm": None}, windows_per_s=10.0, seconds=2.0)
+    writer.close()
+
+
+def test_a_row_per_step_with_speed_and_eta(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 4))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["eta_s"] == 14.0
+    assert "grad_norm" not in rows[0]
+    assert "step 3/10  loss 0.3333" in caplog.text
+    assert "10 windows/s  ETA 0:14" in caplog.text
+
+
+def test_rows_after_the_checkpoint_are_cut_off_when_a_run_goes_on(tmp_path: Path) -> None:
+    write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a row
+    write(MetricsWriter(tmp_path, step=5, steps=10), range(6, 11))
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 11))
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    write(MetricsWriter(tmp_path, step=0, steps=10, is_active=False), range(1, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 4))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(item.step, item.value) for item in events.Scalars("loss")][0] == (1, 1.0)
+    assert "time" not in events.Tags()["scalars"]
+
+
+def test_the_line_for_a_person_shows_hours_and_held_out_retrieval() -> None:
+    row = {"step": 40, "loss": 1.5, "lr": 1e-3, "windows_per_s": 310.4, "eta_s": 3661.0}
+    assert describe(row, steps=200) == "step 40/200  loss 1.5000  lr 1.0e-03  310 windows/s  ETA 1:01:01"
+    assert "held-out top-1 0.500 (chance 0.100)" in describe(
+        row | {"eval_top1": 0.5, "eval_chance": 0.1}, steps=200
+    )

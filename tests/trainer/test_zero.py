@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from manifests.errors import ConfigError
+from trainer.config import OptimizerConfig, PretrainConfig
+from trainer.zero import deepspeed_dict, initialise, join_processes, learning_rate
+
+
+def config(**changes: object) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "snapshots": [{"path": "unused"}],
+            "encoder": {"kind": "sleep"},
+            "objective": {"kind": "leave_one_out"},
+            "steps": 10,
+            "zero_stage": 0,
+            **changes,
+        }
+    )
+
+
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
+    settings = OptimizerConfig(lr=1.0, warmup_steps=4, final_lr_ratio=0.1)
+    values = [learning_rate(step, settings, steps=104) for step in range(105)]
+    assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert values[54] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert values[104] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in zip(values[4:], values[5:], strict=False))
+    assert learning_rate(50, OptimizerConfig(lr=1.0, schedule="constant"), steps=60) == 1.0
+
+
+def test_one_dimensional_parameters_and_temperatures_do_not_decay() -> None:
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+            self.log_scale = nn.Parameter(torch.zeros(1, 1))
+
+    join_processes("auto")
+    model = initialise(Objective(), config(optimizer={"weight_decay": 0.3}))
+    decaying, others = model.optimizer.param_groups
+    assert [p.shape for p in decaying["params"]] == [(4, 3)]
+    assert {tuple(p.shape) for p in others["params"]} == {(4,), (1, 1)}
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def test_a_parameter_without_dimensions_is_refused_with_the_remedy() -> None:
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    join_processes("auto")
+    with pytest.raises(ConfigError, match=r"temperature.*\(1,\)"):
+        initialise(Scalar(), config())
+
+
+def test_the_dict_follows_the_configuration() -> None:
+    join_processes("auto")
+    made = deepspeed_dict(config(zero_stage=2, precision="bf16", global_batch=64, gradient_accumulation=4))
+    assert made["zero_optimization"]["stage"] == 2
+    assert made["torch_autocast"]["enabled"]
+    assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] == 64
+    assert made["checkpoint"]["tag_validation"] == "Fail"
+    assert not deepspeed_dict(config())["torch_autocast"]["enabled"]
+    with pytest.raises(ConfigError, match="global_batch"):
+        deepspeed_dict(config(global_batch=2, gradient_accumulation=4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_nccl_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        join_processes("nccl")
+
+
+def test_cosine_never_leaves_its_bounds_after_the_last_step() -> None:
+    settings = OptimizerConfig(lr=1.0, final_lr_ratio=0.0)
+    assert math.isclose(learning_rate(500, settings, steps=10), 0.0, abs_tol=1e-12)
