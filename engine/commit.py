@@ -70,6 +70,22 @@ class UnresolvedLabel(_Strict):
     reason: str
 
 
+class Limits(_Strict):
+    """What a unit was converted under: the limits of one recording, and the digest of the code."""
+
+    time_limit_s: float
+    memory_limit_gb: float
+    code: str
+
+    def may_change(self, reason: str, earlier: "Limits") -> bool:
+        """Whether a recording that was rejected under `earlier` may pass now."""
+        return (
+            (reason == "TIMEOUT" and self.time_limit_s > earlier.time_limit_s)
+            or (reason == "MEMORY" and self.memory_limit_gb > earlier.memory_limit_gb)
+            or (reason == "CRASHED" and self.code != earlier.code)
+        )
+
+
 class Commit(_Strict):
     """`commits/commit-UNIT.json`. `seconds` is the time that the conversion took and the only varying field."""
 
@@ -81,6 +97,7 @@ class Commit(_Strict):
     quarantine: list[Quarantined]
     unresolved: list[UnresolvedLabel]
     unmapped: dict[str, int] = {}
+    limits: Limits
     seconds: float
 
 
@@ -142,9 +159,16 @@ def read_commit(output: Path, unit: str) -> Commit | None:
     return commit
 
 
-def pending(output: Path, units: Sequence[Unit]) -> list[Unit]:
-    """Units of the plan without a valid commit, in plan order."""
-    return [unit for unit in units if read_commit(output, unit.id) is None]
+def pending(output: Path, units: Sequence[Unit], limits: Limits) -> list[Unit]:
+    """Units of the plan without a valid commit, in plan order.
+
+    A unit also counts as pending when it rejected a recording that higher limits or other code may let pass.
+    """
+    return [unit for unit in units if _is_pending(read_commit(output, unit.id), limits)]
+
+
+def _is_pending(commit: Commit | None, limits: Limits) -> bool:
+    return commit is None or any(limits.may_change(item.reason, commit.limits) for item in commit.quarantine)
 
 
 def remove_leftovers(output: Path, units: Sequence[Unit]) -> list[Path]:

@@ -16,6 +16,7 @@ from engine.commit import (
     Commit,
     Counts,
     Input,
+    Limits,
     Quarantined,
     UnresolvedLabel,
     append_progress,
@@ -33,6 +34,7 @@ from engine.sandbox import Job, Sandbox
 from engine.scan import ScanResult, load_sources, scan
 from engine.shardwriter import Spooled, write_shards
 from engine.windows import recording_id
+from manifests.config import code_digest
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe, load_recipe
@@ -147,7 +149,12 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
     return reason
 
 
-def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], seconds: float) -> Commit:
+def limits_of(config: ConvertConfig) -> Limits:
+    """Limits that a conversion runs under."""
+    return Limits(time_limit_s=config.time_limit_s, memory_limit_gb=config.memory_limit_gb, code=code_digest())
+
+
+def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], limits: Limits, seconds: float) -> Commit:
     quarantined = {(item.corpus, item.recording) for item in tally.quarantine}
     return Commit(
         unit=unit.id,
@@ -167,6 +174,7 @@ def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], seconds: flo
             for (corpus, label, why), count in sorted(tally.unresolved.items())
         ],
         unmapped=dict(sorted(tally.unmapped.items())),
+        limits=limits,
         seconds=round(seconds, 3),
     )
 
@@ -191,7 +199,7 @@ def convert_unit(
         shards, placed = write_shards(
             tally.samples, output=output, unit=unit.id, shard_bytes=context.config.shard_bytes
         )
-        commit = _commit_of(unit, tally, shards, time.monotonic() - began)
+        commit = _commit_of(unit, tally, shards, limits_of(context.config), time.monotonic() - began)
         write_commit(output, commit, [{**tally.rows[place.key], **asdict(place)} for place in placed])
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -257,7 +265,7 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
     """
     with locked(config.output):
         _, units = prepare(config)
-        todo = pending(config.output, units)
+        todo = pending(config.output, units, limits_of(config))
         meter = Progress(config.output, units, todo)
         context = Context.of(config)
         with context.sandbox() as sandbox:

@@ -5,6 +5,7 @@ from ending the others (finalise then refuses the result), the no-progress guard
 30 minutes, and retries are bounded because the default repeats a crash for ever.
 """
 
+import json
 import logging
 import os
 import threading
@@ -19,7 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from engine.commit import append_progress, locked, pending
 from engine.config import ConvertConfig
-from engine.convert import Context, Progress, ProgressRow, convert_unit, prepare
+from engine.convert import Context, Progress, ProgressRow, convert_unit, limits_of, prepare
 from engine.finalise import ConvertResult, finalise
 from engine.plan import PlanItem, Unit
 
@@ -37,7 +38,7 @@ class ConvertActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows that tell what was done, one per unit of the batch."""
-        rows = [self._convert(unit) for unit in batch["item"]]
+        rows = [self._convert(json.loads(unit)) for unit in batch["unit"]]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def _convert(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _convert_units(config: ConvertConfig, todo: list[Unit]) -> None:
         available = int(ray.cluster_resources().get("CPU", 1))
         num_actors = max(1, min(config.num_cpus or available, available, len(todo)))
         rows = (
-            ray.data.from_items([asdict(unit) for unit in todo], override_num_blocks=len(todo))
+            ray.data.from_items([{"unit": json.dumps(asdict(unit))} for unit in todo], override_num_blocks=len(todo))
             .map_batches(
                 ConvertActor,
                 fn_constructor_args=(config.model_dump(mode="json"),),
@@ -129,7 +130,7 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
     """
     with locked(config.output):
         _, units = prepare(config)
-        todo = pending(config.output, units)
+        todo = pending(config.output, units, limits_of(config))
         if todo:
             with _ray(config.num_cpus), _watched(Progress(config.output, units, todo), progress):
                 _convert_units(config, todo)

@@ -151,7 +151,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": dict(sorted(losses.unmapped.items())),
-        "sha256": {path.name: _sha256(path) for path in companions(job.path)},
+        "sha256": {path.name: _sha256(path) for path in companions(job.path, job.corpus)},
     }
 
 

@@ -183,21 +183,26 @@ def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
     return sorted(found)
 
 
-def companions(path: Path) -> list[Path]:
-    """Files that a recording consists of: itself, those of the same stem, and those that a `.hea` names."""
-    names = {other for other in path.parent.glob(f"{_escaped(path.stem)}.*") if other.is_file()} | {path}
+def companions(path: Path, corpus: Corpus | None = None) -> list[Path]:
+    """Files that a recording consists of: itself, those that a `.hea` names, and the corpus' file of labels."""
+    names = {path}
     if path.suffix == ".hea":
         lines = path.read_text(encoding="latin-1").splitlines()
-        first_words = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
-        names |= {path.parent / word for word in first_words if (path.parent / word).is_file()}
-    return sorted(names)
+        names |= {path.parent / line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+    rule = corpus.annotations if corpus else None
+    if corpus and rule and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
+        match = re.search(corpus.subject.pattern, path.as_posix())
+        known = {"subject": "", "session": "", "run": "", **(match.groupdict("") if match else {})}
+        pattern = rule.pattern.format_map({**known, "stem": path.stem})
+        names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {path.parent / pattern}
+    return sorted(name for name in names if name.is_file())
 
 
-def _escaped(stem: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", stem)
+def _is_glob(pattern: str) -> bool:
+    return any(mark in pattern for mark in "*?[")
 
 
-def identity_of(path: Path) -> tuple[str, int]:
+def identity_of(path: Path, corpus: Corpus | None = None) -> tuple[str, int]:
     """Digest (16 hex) and size in bytes of a recording's files, free of dates and folders.
 
     Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers.
@@ -205,7 +210,7 @@ def identity_of(path: Path) -> tuple[str, int]:
     """
     sha = hashlib.sha256()
     total = 0
-    for name in companions(path):
+    for name in companions(path, corpus):
         size = name.stat().st_size
         total += size
         sha.update(f"{name.name}/{size}/".encode())
@@ -261,7 +266,7 @@ def resolve_channels(
 
 def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
     relative = path.relative_to(root).as_posix()
-    identity, size = identity_of(path)
+    identity, size = identity_of(path, corpus)
     subject, session = subject_of(corpus, relative) if corpus else ("", "")
     row = ScanRow(
         corpus=corpus.id if corpus else NO_CORPUS,

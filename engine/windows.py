@@ -360,20 +360,19 @@ def _window(
 def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: int) -> dict[str, Any]:
     """Labels of a window that starts `start` seconds into the recording: stages per epoch, classes, events.
 
-    Events are [start, length, text] in samples at `rate_hz` counted from the window's start; one that reaches
-    over an edge is cut there.
+    Events are [start, length, text] in samples at `rate_hz` counted from the window's start, cut at its edges;
+    an event that covers the window's start is a class of the window.
     """
     result: dict[str, Any] = {}
-    epoch_s = min(_STAGE_EPOCH_S, window_s)
     if labels.stages:
-        result["stage"] = [labels.stage_at(start + i * epoch_s, epoch_s) for i in range(max(1, window_s // epoch_s))]
-    classes = list(labels.classes)
-    if labels.events:
-        inside, covering = labels.events_in(start, window_s)
-        classes += [text for text in covering if text not in classes]
+        epoch_s = min(_STAGE_EPOCH_S, window_s)
+        result["stage"] = [labels.stage_at(start + i * epoch_s, epoch_s) for i in range(window_s // epoch_s)]
+    inside, covering = labels.events_in(start, window_s)
+    if inside:
         result["events"] = [
             [round(onset * rate_hz), round(duration * rate_hz), text] for onset, duration, text in inside
         ]
+    classes = list(dict.fromkeys([*labels.classes, *covering]))
     if classes:
         result["classes"] = classes
     return result
@@ -429,10 +428,10 @@ def window_recording(
     name = f"{corpus.id}-{common['subject']}-{common['recording']}"
     for start, joined in starts:
         arrays, tags, quality = _window(rows, joined, recipe.window_s)
-        found = window_labels(labels, start, window_s=recipe.window_s, rate_hz=rate_hz)
+        given = window_labels(labels, start, window_s=recipe.window_s, rate_hz=rate_hz)
         if quality < recipe.min_quality:
             losses.dropped["quality"] += 1
-        elif recipe.keep == "labelled" and not _is_labelled(found):
+        elif recipe.keep == "labelled" and not _is_labelled(given):
             losses.dropped["unlabelled"] += 1
         else:
             first = int(start * rate_hz)
@@ -448,6 +447,6 @@ def window_recording(
                     "quality": quality,
                     "ucs_version": UCS_VERSION,
                     "ucs": tags,
-                    "labels": found,
+                    "labels": given,
                 },
             )

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from engine.config import ConvertConfig, Source
+from engine.scan import companions, corpus_files, identity_of, scan, scan_folder, subject_of
+from manifests.corpora import Corpus, load_corpus
+from manifests.errors import ConfigError
+
+
+def corpus_with(**changes: object) -> Corpus:
+    return Corpus.model_validate(load_corpus("synthetic_psg").model_dump() | changes)
+
+
+def test_scan_tells_hours_channels_and_the_broken_file(tiny_config: ConvertConfig) -> None:
+    result = scan(tiny_config.sources)
+    (row,) = result.corpus_rows()
+    assert (row["corpus"], row["recordings"], row["subjects"], row["unreadable"]) == ("synthetic_psg", 3, 3, 1)
+    assert row["hours"] == pytest.approx(0.5)
+    symbols = {item["symbol"]: item for item in result.channel_rows()}
+    assert symbols["resp:thorax"]["recordings"] == 3
+    assert symbols["resp:thorax"]["share"] == 1.0
+    assert ["X7"] == [item["label"] for item in result.unresolved_rows()]
+    (bad,) = result.unreadable_rows()
+    assert bad["reason"] in {"TRUNCATED", "HEADER_INVALID"}
+    assert all(item["rate_hz"] > 0 for item in result.rate_rows())
+
+
+def test_expected_totals_are_compared(tiny_root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = corpus_with(id="mine", expected={"subjects": 3, "recordings": 5, "hours": 0.5}).model_dump_json()
+    path.write_text(text, encoding="utf-8")
+    (row,) = scan([Source(corpus=str(path), root=tiny_root)]).corpus_rows()
+    assert row["differs"] == ["recordings"]
+
+
+def test_scan_folder_needs_no_corpus(tiny_root: Path) -> None:
+    result = scan_folder(tiny_root)
+    assert {Path(row.path).suffix for row in result.readable} == {".edf", ".hea"}
+    assert len(result.readable) == 6
+    assert not any(row.subject for row in result.rows)
+    assert scan_folder(tiny_root / result.readable[-1].path).rows[0].identity == result.readable[-1].identity
+
+
+def test_no_raw_subject_in_a_row(tiny_config: ConvertConfig) -> None:
+    for row in scan(tiny_config.sources).rows:
+        assert len(row.subject) == 12
+        assert "sub-" not in row.subject
+
+
+def test_identity_follows_the_content_and_not_the_date(tmp_path: Path) -> None:
+    path = tmp_path / "a.edf"
+    path.write_bytes(bytes(300_000))
+    before, size = identity_of(path)
+    path.touch()
+    assert identity_of(path) == (before, 300_000) == (before, size)
+    path.write_bytes(bytes(299_999) + b"x")
+    assert identity_of(path)[0] != before
+
+
+def test_identity_covers_the_signal_file_of_a_wfdb_record(tiny_root: Path, tmp_path: Path) -> None:
+    for name in ("E00001.hea", "E00001.dat"):
+        (tmp_path / name).write_bytes((tiny_root / "ecg" / name).read_bytes())
+    header = tmp_path / "E00001.hea"
+    assert companions(header) == [tmp_path / "E00001.dat", header]
+    before = identity_of(header)
+    (tmp_path / "E00001.dat").write_bytes(b"\0" * (tmp_path / "E00001.dat").stat().st_size)
+    assert identity_of(header) != before
+
+
+def test_a_path_that_belongs_to_nobody_is_refused(tiny_root: Path) -> None:
+    corpus = corpus_with(subject={"pattern": "^other/(?P<subject>x)"})
+    with pytest.raises(ConfigError, match=r"synthetic_psg.yaml: subject.pattern .* does not match 'psg/"):
+        subject_of(corpus, "psg/sub-001/sub-001_psg.edf")
+
+
+def test_a_missing_root_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="root .* is no folder"):
+        corpus_files(load_corpus("synthetic_psg"), tmp_path / "nowhere")
+
+
+def test_excluded_files_are_not_scanned(tiny_root: Path) -> None:
+    corpus = corpus_with(exclude=["psg/sub-001/*"])
+    assert len(corpus_files(corpus, tiny_root)) == len(corpus_files(load_corpus("synthetic_psg"), tiny_root)) - 1
