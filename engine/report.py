@@ -34,7 +34,8 @@ MAX_ROWS = 500
 
 CSS = """
 table.kymo {border-collapse: collapse; font-size: 0.9rem; margin: 0.3rem 0 0.6rem 0;}
-table.kymo th {text-align: left; font-weight: 600; border-bottom: 1px solid #b8bfc6; padding: 0.2rem 1.2rem 0.2rem 0;}
+table.kymo th {text-align: left; font-weight: 600; padding: 0.2rem 1.2rem 0.2rem 0; border-bottom: 1px solid #eceff2;}
+table.kymo thead th {border-bottom: 1px solid #b8bfc6;}
 table.kymo td {border-bottom: 1px solid #eceff2; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;}
 table.kymo td.number {text-align: right; font-variant-numeric: tabular-nums;}
 table.kymo code, pre.kymo {font-size: 0.8rem; color: #22272e;}

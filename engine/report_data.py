@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from engine.commit import COMMITS_DIR
-from manifests.channels import KINDS
+from manifests.channels import KINDS, sites
 from manifests.errors import ConfigError
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
 
@@ -130,10 +131,16 @@ def channels_by_recording(data: ReportData) -> dict[tuple[str, str], frozenset[s
     return {(row["corpus"], row["recording"]): frozenset(row["symbols"]) for row in rows.to_pylist()}
 
 
-def symbol_order(symbol: str) -> tuple[int, str]:
-    """Sort key of a symbol: kinds in the order of the schema, then by name."""
+@cache
+def _site_ids() -> dict[tuple[str, str], int]:
+    return {(site.kind, site.site): site.id for site in sites()}
+
+
+def symbol_order(symbol: str) -> tuple[int, int, str]:
+    """Sort key of a symbol: kinds in the order of the schema, then its anode's place in the channel table."""
     kind, _, name = symbol.partition(":")
-    return (KINDS.index(kind) if kind in KINDS else len(KINDS), name)
+    place = KINDS.index(kind) if kind in KINDS else len(KINDS)
+    return place, _site_ids().get((kind, name.partition("-")[0]), 1 << 30), name
 
 
 def label_counts(data: ReportData, column: str) -> dict[str, Counter[str]]:

@@ -49,7 +49,7 @@ def draw_hours(corpora: Sequence[str], kinds: Sequence[str], hours: np.ndarray) 
         value = float(hours[row, column])
         axes.barh(row, 1.0 * 0.92, left=column, height=0.62, color="#f1f3f5")
         axes.barh(row, value / longest * 0.92, left=column, height=0.62, color=KIND_COLOURS[kinds[column]], alpha=0.35)
-        text = _number(value) if value else "–"
+        text = f"{_number(value)} h" if value else "–"
         axes.text(column + 0.05, row, text, va="center", color=INK if value else FAINT, fontsize=9)
     axes.set(xlim=(0, max(len(kinds), 5)), ylim=(len(corpora) - 0.4, -0.6))
     axes.set_xticks(np.arange(len(kinds)) + 0.05, kinds, ha="left")
@@ -68,7 +68,7 @@ def draw_coverage(channels: Mapping[tuple[str, str], frozenset[str]], *, max_sym
     kept = sorted((symbol for symbol, _ in counts.most_common(max_symbols)), key=symbol_order)
     figure, axes = _figure(0.75 + 0.21 * max(4, len(kept)), 1.9, top_inches=0.4)
     width = max(len(recordings), 1)
-    gap = min(0.12, 12 / width) if width <= 150 else 0.0
+    gap = 0.12 if width <= 60 else 0.0  # a finer gap than a pixel draws as stripes
     for row, symbol in enumerate(kept):
         colour = KIND_COLOURS.get(symbol.partition(":")[0], FAINT)
         present = np.array([symbol in channels[recording] for recording in recordings])
@@ -113,7 +113,7 @@ def draw_losses(counts: Losses) -> Figure:
             axes.barh(row, count / total, left=start / total, height=0.66, color=LOSS if is_loss else BLUE)
             level = start if is_loss else level
             share = f"  {count / total:.1%}" if kind else ""
-            text = f"{'−' if is_loss else ''}{count:,}{share}"
+            text = f"{'−' if is_loss else ''}{count:,}{share}" if count or not is_loss else "none"
             end = (start + count) / total
             if is_loss and start / total > 0.5:
                 axes.text(start / total - 0.008, row, text, va="center", ha="right", color=LOSS, fontsize=9)
@@ -129,7 +129,7 @@ def draw_losses(counts: Losses) -> Figure:
 
 
 def _steps(reasons: Mapping[str, int]) -> list[tuple[str, int, str]]:
-    return [(reason, count, "loss") for reason, count in reasons.items()] or [("nothing lost", 0, "loss")]
+    return [(reason, count, "loss") for reason, count in reasons.items()] or [("lost", 0, "loss")]
 
 
 def draw_labels(by_split: Mapping[str, Counter[str]], order: Sequence[str]) -> Figure:

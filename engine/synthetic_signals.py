@@ -280,7 +280,8 @@ def _heart_beats(rhythm: str, rng: np.random.Generator) -> Array:
     else:
         breath = np.sin(2 * np.pi * 0.25 * interval * np.arange(count) + rng.uniform(0, 6))
         intervals = interval * (1 + 0.03 * breath + rng.normal(0, 0.008, count))
-    beats = rng.uniform(0, interval) + np.cumsum(np.maximum(intervals, 0.3))
+    # From a beat before the record's start on, so that the first interval is not longer than the others.
+    beats = np.cumsum(np.maximum(intervals, 0.3)) - intervals[0] - rng.uniform(0, interval)
     return beats[beats < ECG_SECONDS]
 
 

@@ -17,6 +17,7 @@ from engine.report_data import (
     losses,
     metrics_rows,
     read_report_data,
+    symbol_order,
     unresolved_labels,
 )
 from engine.report_figures import draw_coverage, draw_labels, draw_losses, draw_training
@@ -178,6 +179,12 @@ def test_coverage_keeps_the_most_frequent_channels():
     figure, hidden = draw_coverage(channels)
     assert hidden == 0
     assert {"100%", "75%", "a (4)"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_symbols_stand_in_the_order_of_the_channel_table():
+    symbols = ["resp:flow", "ecg:aVR", "ecg:V1", "ecg:I", "eeg:O1", "eeg:Fp1-M2", "odd:x"]
+    expected = ["eeg:Fp1-M2", "eeg:O1", "ecg:I", "ecg:aVR", "ecg:V1", "resp:flow", "odd:x"]
+    assert sorted(symbols, key=symbol_order) == expected
 
 
 def test_label_shares_are_within_a_split(data):

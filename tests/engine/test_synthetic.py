@@ -92,6 +92,7 @@ def test_wfdb_records_carry_the_rhythm_and_its_rate(corpus):
         intervals = np.diff(peaks) / record.fs
         low, high = RHYTHMS[rhythm]
         assert 0.85 * low < 60 / intervals.mean() < 1.15 * high
+        assert peaks[0] / record.fs < 1.5 * intervals.max()
         is_irregular = intervals.std() / intervals.mean() > 0.09
         assert is_irregular == (rhythm == "164889003")
 
