@@ -1,13 +1,18 @@
-"""A tiny snapshot that the trainer's tests share."""
+"""A tiny snapshot and a tiny run that the trainer's tests share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from trainer.config import PretrainConfig
 from trainer.tiny import write_tiny_snapshot
+
+MakeConfig = Callable[..., PretrainConfig]
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +21,26 @@ def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("snapshot") / "tiny"
     write_tiny_snapshot(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_snapshot: Path, tmp_path: Path) -> MakeConfig:
+    """Eight steps of a small sleep encoder with dropout; `run_dir` is a name under `tmp_path`."""
+
+    def make(run_dir: str = "run", **changes: Any) -> PretrainConfig:
+        return PretrainConfig.model_validate(
+            {
+                "run_dir": str(tmp_path / run_dir),
+                "snapshots": [{"path": str(tiny_snapshot)}],
+                "encoder": {"kind": "sleep", "width": 16, "depth": 1, "dropout": 0.1},
+                "objective": {"kind": "leave_one_out", "channel_dropout": 0.3},
+                "steps": 8,
+                "global_batch": 9,
+                "log_every": 1,
+                "save_every": 3,
+                "seed": 4,
+                **changes,
+            }
+        )
+
+    return make

@@ -44,13 +44,11 @@ def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
     write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 4))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(item.step, item.value) for item in events.Scalars("loss")][0] == (1, 1.0)
+    assert next((item.step, item.value) for item in events.Scalars("loss")) == (1, 1.0)
     assert "time" not in events.Tags()["scalars"]
 
 
 def test_the_line_for_a_person_shows_hours_and_held_out_retrieval() -> None:
     row = {"step": 40, "loss": 1.5, "lr": 1e-3, "windows_per_s": 310.4, "eta_s": 3661.0}
     assert describe(row, steps=200) == "step 40/200  loss 1.5000  lr 1.0e-03  310 windows/s  ETA 1:01:01"
-    assert "held-out top-1 0.500 (chance 0.100)" in describe(
-        row | {"eval_top1": 0.5, "eval_chance": 0.1}, steps=200
-    )
+    assert "held-out top-1 0.500 (chance 0.100)" in describe(row | {"eval_top1": 0.5, "eval_chance": 0.1}, steps=200)

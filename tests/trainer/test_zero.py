@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
     assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert values[54] == pytest.approx(0.1 + 0.9 * 0.5)
     assert values[104] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(values[4:], values[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[4:]))
     assert learning_rate(50, OptimizerConfig(lr=1.0, schedule="constant"), steps=60) == 1.0
 
 

@@ -1,0 +1,204 @@
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from manifests.errors import ConfigError, ContractError
+from trainer.checkpoint import (
+    Progress,
+    collect_garbage,
+    find_checkpoint,
+    load_checkpoint,
+    next_attempt,
+    read_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from trainer.config import PretrainConfig
+from trainer.data import DataState
+from trainer.fragments import STATES, held_fragments
+from trainer.zero import initialise, join_processes, train_step
+
+DATA = DataState(
+    order_version=1,
+    snapshots=("a" * 16,),
+    config_digest="c",
+    seed=0,
+    global_batch=4,
+    segments=(),
+    batches_committed=2,
+)
+PROGRESS = Progress(step=2, windows=8, seconds=1.5, loss=0.25, data=DATA)
+
+
+class Toy(nn.Module):
+    """Weights of one and two dimensions, a frozen layer and a buffer that the forward pass changes."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.frozen = nn.Linear(width, width).requires_grad_(requires_grad=False)
+        self.last = nn.Linear(width, 1, bias=False)
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.seen += len(rows)
+        out = self.last(torch.tanh(self.frozen(torch.tanh(self.first(rows)))))
+        loss = ((out * self.log_scale.exp() - rows.sum(dim=1, keepdim=True)) ** 2).mean()
+        return loss, {"loss": loss.detach()}
+
+
+def make(stage: int, *, seed: int = 0, width: int = 5) -> Any:
+    join_processes("auto")
+    torch.manual_seed(seed)
+    config = PretrainConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "snapshots": [{"path": "unused"}],
+            "encoder": {"kind": "sleep"},
+            "objective": {"kind": "leave_one_out"},
+            "steps": 10,
+            "zero_stage": stage,
+            "optimizer": {"lr": 0.05},
+        }
+    )
+    return initialise(Toy(width), config)
+
+
+def train(model: Any, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
+        losses.append(float(train_step(model, [rows])[0]["loss"]))
+    return losses
+
+
+def save(folder: Path, model: Any, *, step: int = 2, attempt: int = 1) -> Path:
+    return save_checkpoint(folder, model, progress=replace(PROGRESS, step=step), attempt=attempt, extra={"config": {}})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_goes_on_bit_for_bit_under_every_zero_stage(stage: int, tmp_path: Path) -> None:
+    model = make(stage)
+    train(model, range(2))
+    path = save(tmp_path, model)
+    expected = train(model, range(2, 6))
+    other = make(stage, seed=99)
+    assert train(other, range(2, 4)) != expected[:2]
+    assert load_checkpoint(path, other) == PROGRESS
+    assert float(other.module.seen) == 12
+    assert train(other, range(2, 6)) == expected
+
+
+def test_a_checkpoint_is_free_of_the_zero_stage(tmp_path: Path) -> None:
+    model = make(1)
+    train(model, range(2))
+    path = save(tmp_path, model)
+    expected = train(model, range(2, 5))
+    for stage in (0, 3):
+        other = make(stage, seed=99)
+        load_checkpoint(path, other)
+        assert train(other, range(2, 5)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_and_frozen_weights_are_saved_by_name(tmp_path: Path) -> None:
+    model = make(2)
+    train(model, range(2))
+    path = save(tmp_path, model)
+    tensors = load_file(path / "zero_00000_of_00001.safetensors")
+    names = {f.name for f in held_fragments(model)}
+    assert names == {"first.weight", "first.bias", "last.weight", "log_scale"}
+    assert tensors.keys() == {f"{state}::{name}" for state in STATES for name in names}
+    assert load_file(path / "aux.safetensors").keys() == {"frozen.weight", "frozen.bias", "seen"}
+    weights = read_weights(path)
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    assert read_weights(path, prefix="first.").keys() == {"weight", "bias"}
+    assert not [file for file in path.iterdir() if file.suffix not in {".safetensors", ".json"}]
+
+
+def test_a_model_with_other_shapes_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path, make(1))
+    with pytest.raises(ConfigError, match=r"first\.bias"):
+        load_checkpoint(path, make(1, width=6))
+
+
+def test_a_gap_between_fragments_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, make(1))
+    shutil.move(path / "zero_00000_of_00001.safetensors", tmp_path / "away.safetensors")
+    with pytest.raises(ContractError, match="values of"):
+        load_checkpoint(path, make(1))
+    with pytest.raises(ContractError, match="values of"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "no manifest"])
+def test_resume_walks_back_past_a_damaged_checkpoint(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(1)
+    older, newer = save(tmp_path, model, step=2), save(tmp_path, model, step=4)
+    assert find_checkpoint(tmp_path) == newer
+    file = newer / "zero_00000_of_00001.safetensors"
+    content = file.read_bytes()
+    if damage == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "add":
+        (newer / "zero_00001_of_00002.safetensors").write_bytes(content)
+    else:
+        (newer / "MANIFEST.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path) == older
+    assert newer.name in caplog.text
+    assert not newer.exists()
+    assert (tmp_path / f"damaged-{newer.name}").exists()
+    verify_checkpoint(older)
+
+
+def test_a_partial_checkpoint_is_never_picked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(1)
+    older = save(tmp_path, model, step=2)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.checkpoint._commit", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, model, step=4)
+    monkeypatch.undo()
+    assert (tmp_path / ".tmp-step-000000004-a1").is_dir()
+    assert find_checkpoint(tmp_path) == older
+    assert next_attempt(tmp_path) == 2
+    assert save(tmp_path, model, step=4, attempt=2).name == "step-000000004-a2"
+    collect_garbage(tmp_path, keep=5, attempt=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002-a1", "step-000000004-a2"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    model = make(0)
+    for step in (2, 4, 6):
+        save(tmp_path, model, step=step)
+    collect_garbage(tmp_path, keep=2, attempt=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000004-a1", "step-000000006-a1"]
+
+
+def test_the_manifest_names_every_file_with_its_digest(tmp_path: Path) -> None:
+    path = save(tmp_path, make(0))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    assert manifest.keys() == {"zero_00000_of_00001.safetensors", "aux.safetensors", "meta.json"}
+    assert all(len(entry["sha256"]) == 64 for entry in manifest.values())
+    meta = json.loads((path / "meta.json").read_text())
+    assert meta["optimizer_groups"][0]["weight_decay"] == 0.05
+    assert len(meta["progress"]["data"]) < 1024
