@@ -1,0 +1,116 @@
+"""`kymo predict`: a stranger's recording through a bundle, from the bundle alone."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from adapters.bundle import Bundle
+from adapters.predict import Prediction, check_channels, predict
+from engine.read import read_header, sniff
+from engine.scan import resolve_channels
+from engine.windows import Losses, window_recording
+from manifests.corpora import Corpus, SplitRule, SubjectRule
+from manifests.errors import ConfigError, RecordingError
+from manifests.recipes import Recipe
+from trainer.read import Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """Predictions of a file, tasks that it does not suit with the reason, windows left out by reason."""
+
+    predictions: list[Prediction]
+    refused: dict[str, str]
+    dropped: Counter[str]
+
+
+def stranger(
+    path: Path, *, channels: Sequence[str] = (), units: Sequence[str] = (), mains_hz: int | None = None
+) -> Corpus:
+    """A corpus for one file of unknown origin: its reader by content, labels by the generic parser.
+
+    Args:
+        path: The recording.
+        channels: `label=symbol` for labels that the parser does not know, e.g. `X7=eeg:C3-M2`.
+        units: `label=unit` where the header's unit is missing or wrong.
+        mains_hz: Line frequency, 50 or 60; None filters none.
+
+    Raises:
+        ConfigError: No such file, or an option that is not label=value.
+        RecordingError: No reader knows the file's content.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give an EDF, EDF+ or BDF file, or the .hea of a WFDB record")
+    reader = sniff(path)
+    if reader is None:
+        raise RecordingError("NOT_A_RECORDING", f"{path}: no reader knows its content; convert it to EDF first")
+    return Corpus(
+        id="stranger",
+        title="One recording",
+        licence="unknown",
+        access="",
+        reader=reader,  # pyright: ignore[reportArgumentType] (sniff returns names of readers)
+        files=[path.name],
+        subject=SubjectRule(pattern="(?P<subject>.+)"),
+        channels=dict(_pair(text) for text in channels),
+        units=dict(_pair(text) for text in units),
+        mains_hz=mains_hz,  # pyright: ignore[reportArgumentType] (pydantic refuses others)
+        split=SplitRule(fractions=(0, 0, 1)),
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    label, equals, value = text.rpartition("=")
+    if not equals or not label:
+        raise ConfigError(f"{text!r}: expected LABEL=VALUE, e.g. 'EEG 2=eeg:C3-M2'")
+    return label, value
+
+
+def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[str] | None = None) -> Predicted:
+    """Predictions of the tasks of a bundle that the recording suits.
+
+    Raises:
+        RecordingError: It suits none of them, or cannot be read.
+    """
+    available = available_rates(path, corpus)
+    wanted = [name for name in bundle.records if tasks is None or name in tasks]
+    refused = {name: reason for name in wanted if (reason := check_channels(bundle.records[name], available))}
+    losses = Losses()
+    predictions: list[Prediction] = []
+    for recipe, readers in bundle.by_recipe():
+        suited = [name for name in readers if name in wanted and name not in refused]
+        if not suited:
+            continue
+        try:
+            windows = windows_of(path, corpus, recipe, losses)
+            predictions += predict(bundle, windows, tasks=suited)
+        except RecordingError as error:
+            refused |= dict.fromkeys(suited, str(error))
+    if not predictions:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise RecordingError("NO_CHANNELS", f"{path}: no task of {bundle.path} can read it\n{reasons}")
+    return Predicted(predictions=predictions, refused=refused, dropped=losses.dropped)
+
+
+def available_rates(path: Path, corpus: Corpus) -> dict[str, Fraction]:
+    """Symbol of each usable channel of a recording to its native rate in Hz."""
+    found, _ = resolve_channels(read_header(path, corpus.reader, corpus.layout), corpus)
+    return {tag.symbol: channel.rate for channel, tag in found}
+
+
+def windows_of(path: Path, corpus: Corpus, recipe: Recipe, losses: Losses) -> Iterator[Window]:
+    """Windows of a recording as the model takes them."""
+    for number, sample in enumerate(
+        window_recording(path, corpus=corpus, recipe=recipe, root=path.parent, losses=losses)
+    ):
+        yield Window(
+            key=sample.key,
+            position=number,
+            epoch=0,
+            corpus=corpus.id,
+            recording=path.stem,
+            meta=sample.meta,
+            arrays=sample.arrays,
+        )
