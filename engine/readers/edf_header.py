@@ -3,6 +3,7 @@
 Source: Kemp et al. 1992 (EDF), Kemp and Olivan 2003 (EDF+, https://www.edfplus.info/specs), BioSemi (BDF).
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Signal:
     gain: float
     offset: float
     calibrated: bool
+    digital_limits: tuple[float, float]  # lower and upper; infinite where the header gives none
 
     @property
     def is_annotation(self) -> bool:
@@ -175,6 +177,7 @@ def _parse_signals(rows: Sequence[Mapping[str, bytes]], where: str, repairs: lis
             gain=gain,
             offset=offset,
             calibrated=calibrated,
+            digital_limits=_digital_limits(limits[2], limits[3]),
         )
         offset_samples += num_samples
 
@@ -188,6 +191,12 @@ def _calibration(limits: Sequence[Fraction | None]) -> tuple[float, float, bool]
         return 1.0, 0.0, False
     gain = (physical_max - physical_min) / (digital_max - digital_min)
     return float(gain), float(physical_min - gain * digital_min), True
+
+
+def _digital_limits(first: Fraction | None, second: Fraction | None) -> tuple[float, float]:
+    if first is None or second is None or first == second:
+        return -math.inf, math.inf
+    return float(min(first, second)), float(max(first, second))
 
 
 def _text(raw: bytes, name: str, repairs: list[str]) -> str:

@@ -275,9 +275,21 @@ def test_a_file_that_lost_carriage_returns_is_refused(shared_data, tmp_path):
     (tmp_path / "lost.edf").write_bytes(data.replace(b"\r\n", b"\n"))
     error = refusal(tmp_path / "lost.edf")
     assert error.reason == "TRUNCATED"
-    assert "line ends" in str(error)
+    assert "bytes were lost" in str(error)
     (tmp_path / "short.edf").write_bytes(data[:-67])  # merely cut: read, and said
     assert "truncated: 899 of 900 records" in read_header(tmp_path / "short.edf", "edf").repairs[0]
+
+
+@pytest.mark.parametrize("name", [name for name in SOUND if "edf/test.bdf" not in name])
+def test_a_sound_file_that_is_merely_cut_is_still_read(shared_data, tmp_path, name):
+    data = (shared_data / name).read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-1])
+    whole, cut = read_header(shared_data / name, "edf"), read_header(tmp_path / "cut", "edf")
+    assert cut.repairs[len(whole.repairs) :] or "truncated" in " ".join(cut.repairs)
+    first = [whole.channels[0].index]
+    before, after = read_signals(whole, first)[0], read_signals(cut, first)[0]
+    assert 0 < len(after) < len(before)
+    assert np.array_equal(before[: len(after)], after)
 
 
 def test_bytes_in_the_middle_that_shift_the_record_times_are_refused(tmp_path):
