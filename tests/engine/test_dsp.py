@@ -159,8 +159,19 @@ def test_segments_are_filtered_apart():
 
 
 def test_a_step_of_the_edge_does_not_ring_into_the_segment():
-    ramp = np.linspace(0, 100, 2560)
+    ramp = np.linspace(0, 1000, 2560)
     assert np.abs(run(ramp, 256, 128) - ramp[::2]).max() < 0.02
+
+
+@pytest.mark.parametrize(("rate", "target_hz"), [(256, 200), (200, 128), (100, 128)])
+def test_blocks_join_without_a_trace(rate, target_hz, monkeypatch):
+    signal = np.random.default_rng(4).normal(size=rate * 120)
+    long = run(signal, rate, target_hz)
+    monkeypatch.setattr(dsp, "_block_length", lambda _n, pad, down: 2 * pad + 48 * down)
+    dsp._plan.cache_clear()
+    short = run(signal, rate, target_hz)
+    dsp._plan.cache_clear()
+    assert decibel(short, long) > 110
 
 
 def test_bytes_do_not_depend_on_threads(tmp_path):
