@@ -8,6 +8,7 @@ older checkpoint. To stop a run gracefully make the file `run_dir/STOP`.
 import logging
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -58,6 +59,7 @@ def launch(config: PretrainConfig) -> PretrainResult:
             name=f"{run_dir.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     with _cluster(config):
@@ -85,6 +87,13 @@ def train_on_worker(plain: dict[str, Any]) -> None:
         mark.unlink(missing_ok=True)
 
 
+def set_up_logging() -> None:
+    """Let our lines through, and not what Ray says every half second because its dashboard is off."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     """The same run for a worker in another working directory."""
     snapshots = [source.model_copy(update={"path": str(Path(source.path).absolute())}) for source in config.snapshots]
@@ -102,7 +111,12 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
         ray.init(address=address)
     else:
         num_cpus = int(config.num_workers * config.ray.cpus_per_worker) + 1  # one for the controller
-        ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env={"worker_process_setup_hook": set_up_logging},
+        )
     try:
         yield
     finally:

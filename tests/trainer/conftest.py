@@ -1,6 +1,7 @@
 """A tiny snapshot and a tiny run that the trainer's tests share."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("snapshot") / "tiny"
     write_tiny_snapshot(folder)
     return folder
+
+
+@pytest.fixture
+def two_ranks() -> Callable[[], list[dict[str, str]]]:
+    """Makes the environments of two processes of one group, as torchrun does."""
+
+    def make() -> list[dict[str, str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+    return make
 
 
 @pytest.fixture

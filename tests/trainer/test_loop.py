@@ -1,7 +1,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,21 +209,17 @@ def test_held_out_windows_are_the_same_every_time_and_of_their_split(tiny_config
     assert held_out_windows(tiny_config(evaluation=None)) == []
 
 
-def run_ranks(config: PretrainConfig, *, num_ranks: int) -> list[subprocess.Popen[bytes]]:
-    """Processes as torchrun starts them."""
+def run_ranks(config: PretrainConfig, environments: list[dict[str, str]]) -> list[subprocess.Popen[bytes]]:
+    """Processes of one group, as torchrun starts them."""
     path = Path(config.run_dir + ".yaml")
     path.write_text(dump_yaml(config.model_dump(mode="json")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
     return [
         subprocess.Popen(
             [sys.executable, "-c", RANK_SCRIPT, str(path)],
-            env={**os.environ, **group, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=Path(loop.__file__).parent.parent,
         )
-        for r in range(num_ranks)
+        for environment in environments
     ]
 
 
@@ -236,14 +231,16 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> None:
             process.kill()
 
 
-def test_two_processes_resume_bit_for_bit_and_one_goes_on_alone(tiny_config: MakeConfig) -> None:
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_alone(
+    tiny_config: MakeConfig, two_ranks: Callable[[], list[dict[str, str]]]
+) -> None:
     # Without dropout, whose draws differ between one rank and two.
     changes = {"zero_stage": 2, "encoder": {"kind": "sleep", "width": 16, "depth": 1}}
     full, cut, alone = (tiny_config(name, **changes) for name in ("full", "cut", "alone"))
-    stopped = run_ranks(cut.model_copy(update={"stop_at": 4}), num_ranks=2)
-    wait([*run_ranks(full, num_ranks=2), *stopped])
+    stopped = run_ranks(cut.model_copy(update={"stop_at": 4}), two_ranks())
+    wait([*run_ranks(full, two_ranks()), *stopped])
     shutil.copytree(cut.run_dir, alone.run_dir)
-    wait(run_ranks(cut, num_ranks=2))
+    wait(run_ranks(cut, two_ranks()))
     assert losses(cut.run_dir) == losses(full.run_dir)
     assert [row[0] for row in losses(full.run_dir)] == list(range(1, 9))
     pretrain(alone)

@@ -1,0 +1,92 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from manifests.config import dump_yaml
+from manifests.errors import ConfigError
+from trainer import launch as launch_module
+from trainer.config import PretrainConfig
+from trainer.launch import launch
+from trainer.metrics import read_metrics
+
+MakeConfig = Callable[..., PretrainConfig]
+
+RANKS = """
+import sys
+from manifests.config import load_config
+from trainer.config import PretrainConfig
+from trainer.launch import launch
+if __name__ == "__main__":
+    result = launch(load_config(PretrainConfig, sys.argv[1]))
+    assert result.is_finished, result
+"""
+
+PLAIN = """
+import sys
+from manifests.config import load_config
+from trainer.config import PretrainConfig
+from trainer.loop import pretrain
+pretrain(load_config(PretrainConfig, sys.argv[1]))
+"""
+
+
+def start(script: str, config: PretrainConfig, **environment: str) -> subprocess.Popen[bytes]:
+    path = Path(config.run_dir + ".yaml")
+    path.write_text(dump_yaml(config.model_dump(mode="json")))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(launch_module.__file__).parent.parent,
+    )
+
+
+def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_metrics(config.run_dir)
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was never reached; exit code {process.poll()}")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_comes_back_and_the_losses_are_the_same(
+    tiny_config: MakeConfig, two_ranks: Callable[[], list[dict[str, str]]]
+) -> None:
+    # Enough steps that the kill falls into the middle; a save every few of them.
+    settings = {"steps": 80, "save_every": 10, "keep": 2, "num_workers": 2, "evaluation": None}
+    under_ray, plain = tiny_config("ray", **settings), tiny_config("plain", **settings)
+    process = start(RANKS, under_ray)
+    try:
+        wait_for_step(under_ray, 15, process)
+        killed = int(Path(under_ray.run_dir, "workers", "rank-1.pid").read_text())
+        os.kill(killed, signal.SIGKILL)
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    attempts = {path.name.rpartition("-a")[2] for path in Path(under_ray.run_dir, "checkpoints").iterdir()}
+    assert attempts == {"2"}, "the run was not started again, or not from a checkpoint"
+    ranks = [start(PLAIN, plain, **environment) for environment in two_ranks()]
+    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
+    expected = [(row["step"], row["loss"]) for row in read_metrics(plain.run_dir)]
+    assert [(row["step"], row["loss"]) for row in read_metrics(under_ray.run_dir)] == expected
+    assert len(expected) == 80
+
+
+def test_a_wrong_configuration_is_told_before_ray_starts(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(launch_module.ray, "init", fail)
+    with pytest.raises(ConfigError, match="widen the filter"):
+        launch(tiny_config(split="absent"))
