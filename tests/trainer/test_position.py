@@ -7,39 +7,12 @@ import torch
 from manifests.channels import KINDS, ChannelTag, resolve
 from trainer.models.position import PositionCode, fourier_features, time_code
 
+# fmt: off
 SITES = [
-    "Fp1",
-    "Fpz",
-    "Fp2",
-    "F7",
-    "F3",
-    "Fz",
-    "F4",
-    "F8",
-    "FC5",
-    "FC1",
-    "FC2",
-    "FC6",
-    "T7",
-    "C3",
-    "Cz",
-    "C4",
-    "T8",
-    "CP5",
-    "CP1",
-    "CP2",
-    "CP6",
-    "P7",
-    "P3",
-    "Pz",
-    "P4",
-    "P8",
-    "O1",
-    "Oz",
-    "O2",
-    "M1",
-    "M2",
+    "Fp1", "Fpz", "Fp2", "F7", "F3", "Fz", "F4", "F8", "FC5", "FC1", "FC2", "FC6", "T7", "C3", "Cz", "C4", "T8",
+    "CP5", "CP1", "CP2", "CP6", "P7", "P3", "Pz", "P4", "P8", "O1", "Oz", "O2", "M1", "M2",
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
