@@ -39,9 +39,9 @@ KIND_COLOURS = dict(
 INK = "#22272e"
 FAINT = "#6a737d"
 UNIT_TEXT = {"uV": "µV", "degC": "°C", "au": "a.u."}
-ROW_INCHES = 0.46
 # A row is one unit high; the strongest channel of a kind fills this share of it up and down.
 ROW_FILL = 0.46
+EVENT_COLOUR = "#b8862b"
 
 
 def first_key(snapshot_dir: Path | str) -> str:
@@ -99,12 +99,14 @@ def _draw_kind(axes: Axes, kind: str, values: np.ndarray, tags: list[dict[str, A
     """Channels of one kind under each other from row `top` down, on one common scale with its bar."""
     rate = tags[0]["rate"][0] / tags[0]["rate"][1]
     centred = values - np.median(values, axis=1, keepdims=True)
-    # All but the extremes fill the row: a lone artefact may leave it, the rest stays legible.
-    reach = float(np.percentile(np.abs(centred), 99.5, axis=1).max()) or 1.0
+    # All but the extremes fill the row: a lone artefact may leave it, the rest stays legible. Among many channels
+    # the strongest (eyes in frontal EEG, V2 in ECG) may reach into its neighbours instead of flattening them all.
+    peaks = np.percentile(np.abs(centred), 99.5, axis=1)
+    reach = float(np.percentile(peaks, 80 if len(peaks) > 6 else 100)) or 1.0
     time = np.arange(values.shape[1]) / rate
     for number, (signal, tag) in enumerate(zip(centred, tags, strict=True)):
         base = -(top + number)
-        height = np.clip(signal / reach * ROW_FILL, -0.9, 0.9)
+        height = np.clip(signal / reach * ROW_FILL, -1.4, 1.4)
         axes.plot(time, base + height, color=KIND_COLOURS[kind], linewidth=0.6, solid_joinstyle="round")
         name = tag["symbol"].partition(":")[2]
         axes.text(
@@ -156,7 +158,7 @@ def draw_window(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Fi
     """
     kinds = [kind for kind in KINDS if kind in arrays]
     num_rows = sum(len(arrays[kind]) for kind in kinds)
-    height = 1.25 + ROW_INCHES * max(num_rows, 4)
+    height = 1.25 + np.clip(9 / num_rows, 0.24, 0.46) * max(num_rows, 4)
     figure = Figure(figsize=(12, height), facecolor="white")
     axes = figure.add_axes((0.155, 0.5 / height, 0.765, 1 - 1.22 / height))
     seconds = meta["length"] * meta["rate"][1] / meta["rate"][0]
@@ -167,10 +169,13 @@ def draw_window(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Fi
         if row < num_rows:
             axes.axhline(-row + 0.5, color="#d8dde3", linewidth=0.7)
     rate = meta["rate"][0] / meta["rate"][1]
-    for start, length, text in meta["labels"].get("events", []):
-        axes.axvspan(start / rate, (start + length) / rate, color="#f2d9a0", alpha=0.35, linewidth=0)
-        axes.text(start / rate, 0.62, f" {text}", color="#7a5a10", fontsize=7, va="bottom", clip_on=True)
-    axes.set(xlim=(0, seconds), ylim=(-num_rows + 0.35, 0.65), yticks=[])
+    events = meta["labels"].get("events", [])
+    for start, length, text in events:
+        axes.axvline(start / rate, color=EVENT_COLOUR, linewidth=0.7)
+        axes.broken_barh([(start / rate, length / rate)], (0.72, 0.5), color=EVENT_COLOUR, alpha=0.18, linewidth=0)
+        if length / rate > seconds / 20:
+            axes.text(start / rate, 0.97, f" {text}", color="#7a5a10", fontsize=7, va="center", clip_on=True)
+    axes.set(xlim=(0, seconds), ylim=(-num_rows + 0.35, 1.25 if events else 0.65), yticks=[])
     axes.set_xticks(np.arange(0, seconds + 1e-9, _nice(seconds / 5)))
     axes.set_xlabel("time in window (s), positive up", color=FAINT, fontsize=8)
     axes.tick_params(axis="x", colors=FAINT, labelsize=8, length=3)

@@ -38,6 +38,7 @@ table.kymo th {text-align: left; font-weight: 600; padding: 0.2rem 1.2rem 0.2rem
 table.kymo thead th {border-bottom: 1px solid #b8bfc6;}
 table.kymo td {border-bottom: 1px solid #eceff2; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;}
 table.kymo td.number {text-align: right; font-variant-numeric: tabular-nums;}
+table.kymo code {overflow-wrap: anywhere;}
 table.kymo code, pre.kymo {font-size: 0.8rem; color: #22272e;}
 p.kymo {color: #6a737d; font-size: 0.9rem; margin: 0.2rem 0;}
 """
@@ -137,15 +138,19 @@ def _add_labels(report: mne.Report, data: ReportData) -> None:
     stages = label_counts(data, "stage")
     if stages:
         found = {stage for counts in stages.values() for stage in counts}
-        figure = draw_labels(stages, [stage for stage in STAGES if stage in found])
+        figure = draw_labels(stages, [stage for stage in STAGES if stage in found], noun="windows")
         _add_figure(report, figure, "Stages by split", section="Labels", caption="Share of a split's windows.")
     classes = label_counts(data, "classes")
     if classes:
         total: Counter[str] = sum(classes.values(), Counter())
         order = [label for label, _ in total.most_common(MAX_CLASSES)]
         rest = len(total) - len(order)
-        caption = "Share of a split's class labels." + (f" {rest} rarer classes are not drawn." if rest else "")
-        _add_figure(report, draw_labels(classes, order), "Classes by split", section="Labels", caption=caption)
+        caption = "Share of a split's class labels; a window may have several." + (
+            f" {rest} rarer classes are not drawn." if rest else ""
+        )
+        _add_figure(
+            report, draw_labels(classes, order, noun="labels"), "Classes by split", section="Labels", caption=caption
+        )
     if not stages and not classes:
         _add_html(report, _note("No window has a label."), "No labels", section="Labels")
 

@@ -206,22 +206,26 @@ def unmapped_texts(data: ReportData) -> list[dict[str, Any]]:
 
 
 def example_keys(data: ReportData, limit: int) -> list[str]:
-    """Keys of typical windows: one per corpus and label in turn, with the most channels and the best quality."""
+    """Keys of typical windows: for each corpus one of each frequent label, with the most channels and best quality."""
     columns = ["key", "corpus", "stage", "classes", "num_channels", "quality"]
     best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    sizes: Counter[tuple[str, str]] = Counter()
     # Any sample of a large snapshot will do: look at about 50,000 rows spread over it.
     step = max(1, len(data.samples) // 50_000)
     rows = data.samples.select(columns).take(pa.array(np.arange(0, len(data.samples), step)))
     for row in rows.to_pylist():
-        group = row["corpus"], row["stage"] or ",".join(row["classes"]) or "none"
+        group = row["corpus"], row["stage"] or ",".join(row["classes"])
+        sizes[group] += 1
         rank = row["num_channels"], row["quality"]
         if group not in best or rank > (best[group]["num_channels"], best[group]["quality"]):
             best[group] = row
-    by_corpus: dict[str, list[str]] = {}
-    for (corpus, _), row in sorted(best.items()):
-        by_corpus.setdefault(corpus, []).append(row["key"])
-    share = max(1, limit // max(1, len(by_corpus)))
-    return [key for keys in by_corpus.values() for key in keys[:share]][:limit]
+    corpora = sorted({corpus for corpus, _ in best})
+    share = max(1, limit // max(1, len(corpora)))
+    chosen: list[str] = []
+    for corpus in corpora:
+        groups = [group for group, _ in sizes.most_common() if group[0] == corpus][:share]
+        chosen += [best[group]["key"] for group in sorted(groups)]
+    return chosen[:limit]
 
 
 def metrics_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -61,31 +61,61 @@ def draw_hours(corpora: Sequence[str], kinds: Sequence[str], hours: np.ndarray) 
     return figure
 
 
-def draw_coverage(channels: Mapping[tuple[str, str], frozenset[str]], *, max_symbols: int = 70) -> tuple[Figure, int]:
-    """Channels (rows) by recording (columns), share at the right; and how many rare channels are not drawn."""
-    recordings = sorted(channels)
+def most_frequent(counts: Counter[str], limit: int) -> list[str]:
+    """Symbols to draw, in the order of the channel table: the commonest, but up to eight of each kind first."""
+    ranks: Counter[str] = Counter()
+    ranked = []
+    for symbol, count in sorted(counts.items(), key=lambda item: (-item[1], symbol_order(item[0]))):
+        kind = symbol.partition(":")[0]
+        ranked.append((ranks[kind] >= 8, -count, symbol_order(symbol), symbol))
+        ranks[kind] += 1
+    return sorted((symbol for *_, symbol in sorted(ranked)[:limit]), key=symbol_order)
+
+
+def _draw_presence(axes: Axes, present: np.ndarray, row: int, *, left: float, width: float, colour: str) -> None:
+    """One row of one corpus: a mark for each recording that has the channel, neighbours joined when there are many."""
+    step = width / len(present)
+    gap = 0.12 * step if len(present) <= 40 else 0.0  # a gap finer than a pixel draws as stripes
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], present.astype(int), [0]])))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        pieces = range(start, stop) if gap else [start]
+        length = step - gap if gap else step * (stop - start)
+        marks = [(left + piece * step, length) for piece in pieces]
+        axes.broken_barh(marks, (row - 0.38, 0.76), color=colour, linewidth=0)
+
+
+def draw_coverage(channels: Mapping[tuple[str, str], frozenset[str]], *, max_symbols: int = 120) -> tuple[Figure, int]:
+    """Channels (rows) by recording (columns, one block a corpus), and how many rare channels are not drawn.
+
+    The blocks are equally wide, however many recordings they stand for; at the right is the share of all recordings.
+    """
     counts = Counter(symbol for symbols in channels.values() for symbol in symbols)
-    kept = sorted((symbol for symbol, _ in counts.most_common(max_symbols)), key=symbol_order)
-    figure, axes = _figure(0.75 + 0.21 * max(4, len(kept)), 1.9, top_inches=0.4)
-    width = max(len(recordings), 1)
-    gap = 0.12 if width <= 60 else 0.0  # a finer gap than a pixel draws as stripes
+    kept = most_frequent(counts, max_symbols)
+    corpora = sorted({corpus for corpus, _ in channels})
+    is_crowded = len(corpora) > 5
+    figure, axes = _figure(
+        (1.7 if is_crowded else 0.75) + 0.21 * max(4, len(kept)), 1.9, top_inches=1.3 if is_crowded else 0.4
+    )
+    for number, corpus in enumerate(corpora):
+        recordings = sorted(key for key in channels if key[0] == corpus)
+        for row, symbol in enumerate(kept):
+            present = np.array([symbol in channels[recording] for recording in recordings])
+            colour = KIND_COLOURS.get(symbol.partition(":")[0], FAINT)
+            _draw_presence(axes, present, row, left=number, width=0.95, colour=colour)
+        axes.text(
+            number,
+            -0.9,
+            f"{corpus} ({len(recordings):,})",
+            color=INK,
+            fontsize=9,
+            rotation=35 if is_crowded else 0,
+            rotation_mode="anchor",
+        )
+        axes.axvspan(number, number + 0.95, color="#f6f7f9", zorder=0, linewidth=0)
     for row, symbol in enumerate(kept):
-        colour = KIND_COLOURS.get(symbol.partition(":")[0], FAINT)
-        present = np.array([symbol in channels[recording] for recording in recordings])
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], present.astype(int), [0]])))
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            pieces = range(start, stop) if gap else [start]
-            length = 1 - gap if gap else stop - start
-            axes.broken_barh([(piece, length) for piece in pieces], (row - 0.38, 0.76), color=colour, linewidth=0)
-        share = counts[symbol] / width
-        axes.text(width * 1.01, row, f"{share:.0%}", va="center", color=FAINT, fontsize=8)
-    names = [corpus for corpus, _ in recordings]
-    for corpus in dict.fromkeys(names):
-        start, length = names.index(corpus), names.count(corpus)
-        axes.text(start, -1.0, f"{corpus} ({length:,})", color=INK, fontsize=9, va="bottom")
-        if start:
-            axes.axvline(start - gap / 2, color=INK, linewidth=0.8)
-    axes.set(xlim=(0, width), ylim=(len(kept) - 0.4, -0.7), xticks=[])
+        share = counts[symbol] / len(channels)
+        axes.text(len(corpora) * 1.0, row, f"{share:.0%}", va="center", color=FAINT, fontsize=8)
+    axes.set(xlim=(0, max(1, len(corpora))), ylim=(len(kept) - 0.4, -0.7), xticks=[])
     axes.set_yticks(range(len(kept)), kept)
     axes.set_xlabel("one column per recording", color=FAINT, fontsize=8)
     _bare(axes)
@@ -132,8 +162,8 @@ def _steps(reasons: Mapping[str, int]) -> list[tuple[str, int, str]]:
     return [(reason, count, "loss") for reason, count in reasons.items()] or [("lost", 0, "loss")]
 
 
-def draw_labels(by_split: Mapping[str, Counter[str]], order: Sequence[str]) -> Figure:
-    """Share of each label within a split, with the number of windows: one panel a split, one row a label."""
+def draw_labels(by_split: Mapping[str, Counter[str]], order: Sequence[str], *, noun: str) -> Figure:
+    """Share of each label within a split, and its number: one panel a split, one row a label."""
     splits = [split for split in SPLITS if split in by_split]
     height = 0.75 + 0.3 * len(order)
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
@@ -152,7 +182,7 @@ def draw_labels(by_split: Mapping[str, Counter[str]], order: Sequence[str]) -> F
             )
         axes.set(xlim=(0, largest * 1.55), ylim=(len(order) - 0.4, -0.6), xticks=[])
         axes.set_yticks(range(len(order)), order if number == 0 else [""] * len(order))
-        axes.set_title(f"{split}  {counts.total():,} windows", loc="left", color=INK, fontsize=10)
+        axes.set_title(f"{split}  {counts.total():,} {noun}", loc="left", color=INK, fontsize=10)
         _bare(axes)
     return figure
 

@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 from html import unescape
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.report_data import (
     symbol_order,
     unresolved_labels,
 )
-from engine.report_figures import draw_coverage, draw_labels, draw_losses, draw_training
+from engine.report_figures import draw_coverage, draw_labels, draw_losses, draw_training, most_frequent
 from engine.synthetic import synthesise
 from manifests.errors import ConfigError
 
@@ -181,6 +182,11 @@ def test_coverage_keeps_the_most_frequent_channels():
     assert {"100%", "75%", "a (4)"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
+def test_a_rare_kind_is_drawn_before_the_ninth_channel_of_another():
+    counts = Counter({f"eeg:F{i}": 100 for i in range(1, 10)}) + Counter({"emg:chin": 1})
+    assert most_frequent(counts, 9) == [f"eeg:F{i}" for i in (9, 7, 5, 3, 1, 2, 4, 6)] + ["emg:chin"]
+
+
 def test_symbols_stand_in_the_order_of_the_channel_table():
     symbols = ["resp:flow", "ecg:aVR", "ecg:V1", "ecg:I", "eeg:O1", "eeg:Fp1-M2", "odd:x"]
     expected = ["eeg:Fp1-M2", "eeg:O1", "ecg:I", "ecg:aVR", "ecg:V1", "resp:flow", "odd:x"]
@@ -189,7 +195,7 @@ def test_symbols_stand_in_the_order_of_the_channel_table():
 
 def test_label_shares_are_within_a_split(data):
     counts = label_counts(data, "stage")
-    figure = draw_labels(counts, ["W", "N1", "N2", "N3", "R"])
+    figure = draw_labels(counts, ["W", "N1", "N2", "N3", "R"], noun="windows")
     assert len(figure.axes) == 3
     for axes in figure.axes:
         assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(1)
