@@ -94,7 +94,7 @@ def _band(kind: str, rule: KindRule) -> str:
 
 def _score_table(split: str, scores: dict[str, Any]) -> list[str]:
     rows = [
-        f"| {METRICS[metric]} | {_number(entry['value'])} | {_interval(entry['ci95'])} | {entry['chance']:.3f} |"
+        f"| {METRICS[metric]} | {_number(entry['value'])} | {_interval(entry['interval'])} | {entry['chance']:.3f} |"
         for metric, entry in scores["metrics"].items()
     ]
     support = ", ".join(f"{label} {count}" for label, count in scores["support"].items())

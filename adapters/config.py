@@ -69,7 +69,8 @@ class AdaptConfig(_Strict):
         steps: Optimizer steps; each takes one batch of every task, always in the same order.
         keep: `best` = the evaluated step with the highest mean of the tasks' primary metric on `val`.
         eval_windows: At most so many windows per task and split are scored.
-        threads: CPU threads; results are bit-identical for equal numbers only.
+        threads: CPU threads; results are bit-identical for equal numbers only. One is enough for small encoders, and
+            two on a busy machine wait for each other.
     """
 
     run_dir: str
@@ -84,7 +85,7 @@ class AdaptConfig(_Strict):
     eval_every: Positive = 50
     checkpoint_every: Positive = 50
     eval_windows: Positive = 1000
-    threads: Positive = 2
+    threads: Positive = 1
     card: Card = Card()
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ def score_classes(
 
     Returns:
         `n`, `subjects`, `support` per label, `confusion` (rows = truth) and per metric `value`, `chance` (of
-        a guess that ignores the signal) and `ci95` (null under two subjects). Balanced accuracy averages over
+        a guess that ignores the signal) and `interval` (null under two subjects). Balanced accuracy averages over
         the classes that occur in `truth`, as scikit-learn does.
     """
     truth = np.asarray(truth)
@@ -94,7 +94,7 @@ def score_yes_no(
         name: _entry(
             np.mean([scores["metrics"][name]["value"] for scores in both]),
             np.mean([scores["metrics"][name]["chance"] for scores in both]),
-            both[0]["metrics"][name]["ci95"] if len(both) == 1 else None,
+            both[0]["metrics"][name]["interval"] if len(both) == 1 else None,
         )
         for name in (both[0]["metrics"] if both else ())
     }
@@ -109,7 +109,7 @@ def score_yes_no(
 
 def _entry(value: Any, chance: Any, interval: list[float] | None) -> dict[str, Any]:
     finite = float(value) if np.isfinite(value) else None
-    return {"value": finite, "chance": float(chance), "ci95": interval}
+    return {"value": finite, "chance": float(chance), "interval": interval}
 
 
 def _draws(subjects: Sequence[str], *, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray] | None:

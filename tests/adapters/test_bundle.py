@@ -59,7 +59,7 @@ def test_record_is_complete(bundle_dir):
     assert record.recipe.kinds["eeg"].rate_hz == 32
     assert record.data["corpora"]["staged"]["mains_hz"] == 50
     assert record.data["splits"]["test"]["windows"] == 40
-    assert record.scores["test"]["metrics"]["kappa"]["ci95"] is not None
+    assert record.scores["test"]["metrics"]["kappa"]["interval"] is not None
     assert list(record.data["splits"]["train"]["symbols"]) == ["ecg:II", "eeg:C3-M2", "eeg:C4-M1"]
 
 

@@ -29,7 +29,7 @@ def test_values_are_those_of_scikit_learn():
     assert scores["subjects"] == 8
     assert scores["metrics"]["balanced_accuracy"]["chance"] == pytest.approx(0.2)
     for entry in scores["metrics"].values():
-        low, high = entry["ci95"]
+        low, high = entry["interval"]
         assert low < entry["value"] < high
 
 
@@ -50,7 +50,7 @@ def test_binary_tasks_have_auroc():
     scores = score_classes(truth, probabilities, labels=["a", "b"], subjects=[str(i % 5) for i in range(200)])
     entry = scores["metrics"]["auroc"]
     assert entry["value"] == pytest.approx(roc_auc_score(truth, probabilities[:, 1]))
-    assert entry["ci95"][0] < entry["value"] < entry["ci95"][1]
+    assert entry["interval"][0] < entry["value"] < entry["interval"][1]
 
 
 def test_interval_counts_subjects_and_not_windows():
@@ -59,14 +59,14 @@ def test_interval_counts_subjects_and_not_windows():
     right = np.arange(1000) < 500
     probabilities = np.eye(2)[np.where(right, truth, 1 - truth)]
     scores = score_classes(truth, probabilities, labels=["a", "b"], subjects=np.where(right, "x", "y").tolist())
-    assert scores["metrics"]["balanced_accuracy"]["ci95"] == [0.0, 1.0]
+    assert scores["metrics"]["balanced_accuracy"]["interval"] == [0.0, 1.0]
 
 
 def test_one_subject_and_absent_classes_give_no_nonsense():
     truth = np.zeros(20, dtype=int)
     probabilities = np.tile([0.2, 0.5, 0.3], (20, 1))
     scores = score_classes(truth, probabilities, labels=["a", "b", "c"], subjects=["x"] * 20)
-    assert scores["metrics"]["balanced_accuracy"] == {"value": 0.0, "chance": 1.0, "ci95": None}
+    assert scores["metrics"]["balanced_accuracy"] == {"value": 0.0, "chance": 1.0, "interval": None}
     assert scores["metrics"]["kappa"]["value"] is None
     assert scores["support"] == {"a": 20, "b": 0, "c": 0}
 

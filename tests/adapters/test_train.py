@@ -22,7 +22,7 @@ def test_two_tasks_are_learned_on_one_frozen_encoder(make_config, encoder_dir):
     for name, margin in (("sleep_staging", 0.35), ("rhythm", 0.35)):
         entry = result.scores[name]["test"]["metrics"]["balanced_accuracy"]
         assert entry["value"] > entry["chance"] + margin, name
-        assert entry["ci95"][0] > entry["chance"], name
+        assert entry["interval"][0] > entry["chance"], name
     assert result.scores["sleep_staging"]["test"]["n"] == 2 * 20  # the unscored windows are not scored
     assert result.data["sleep_staging"]["splits"]["train"]["left_out"] == {"no label of the task": 4 * 4}
     assert seen == rows(config.run_dir)
