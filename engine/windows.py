@@ -30,8 +30,9 @@ from manifests.recipes import KindRule, Recipe
 ELECTRICAL = frozenset({"eeg", "eog", "emg", "ecg"})
 
 INT16_MAX = 32767
-# Largest quantisation step for 70 dB: noise is step / sqrt(12), so step = sd * sqrt(12) / 10**(70 / 20).
-_STEP_PER_SD = math.sqrt(12) / 10**3.5
+# Largest step for 70 dB, 0.1 dB in hand: noise is step / sqrt(12), so step = sd * sqrt(12) / 10**(dB / 20).
+_STEP_PER_SD = math.sqrt(12) / 10 ** (70.1 / 20)
+_OUTLIER_ROUNDS = 5
 _GROUP_BYTES = 256 << 20  # float32 samples decoded at once
 _MAX_STATISTIC_SAMPLES = 200_000  # median and MAD come from an evenly spaced sub-sample of this size
 _STAGE_EPOCH_S = 30
@@ -171,16 +172,29 @@ def _sum_of_squares(signal: np.ndarray) -> float:
     return math.fsum(float(np.dot(block, block)) for block in blocks)
 
 
+def _sd_without_outliers(signal: np.ndarray, sd: float) -> float:
+    """Standard deviation of the samples that an int16 at 70 dB can hold, in the signal's unit."""
+    for _ in range(_OUTLIER_ROUNDS):
+        kept = signal[np.abs(signal) <= sd * _STEP_PER_SD * INT16_MAX]
+        smaller = float(kept.std(dtype=np.float64)) if kept.size else 0.0
+        if not 0 < smaller < sd * (1 - 1e-3):
+            break
+        sd = smaller
+    return sd
+
+
 def quantise(signal: np.ndarray, sd: float) -> tuple[np.ndarray, float, np.ndarray | None]:
     """int16 samples (T,), their scale in physical units, and the cumulated saturated samples.
 
     The scale reaches the largest sample unless an outlier lies so far out that the quantisation noise would come
-    within 70 dB of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
+    within 70 dB of the rest of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
     """
     peak = float(max(signal.max(), -signal.min())) if signal.size else 0.0
     if peak == 0.0:
         return np.zeros(signal.size, dtype=np.int16), 1.0, None
-    scale = min(peak / INT16_MAX, sd * _STEP_PER_SD) if sd > 0 else peak / INT16_MAX
+    scale = peak / INT16_MAX
+    if 0 < sd * _STEP_PER_SD < scale:
+        scale = _sd_without_outliers(signal, sd) * _STEP_PER_SD
     steps = signal * np.float32(1 / scale)
     np.rint(steps, out=steps)
     saturated = _cumulated(np.abs(steps) > INT16_MAX) if peak > scale * (INT16_MAX + 0.5) else None
