@@ -177,7 +177,12 @@ def _add_run(report: mne.Report, run: Path) -> None:
         )
     config = run / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.exists() else "config.yaml is missing"
-    _add_html(report, f"<pre class='kymo'>{escape(text)}</pre>", f"{run.name}: configuration", section=section)
+    _add_html(
+        report,
+        f"<details><summary>config.yaml</summary><pre class='kymo'>{escape(text)}</pre></details>",
+        f"{run.name}: configuration",
+        section=section,
+    )
 
 
 def write_report(snapshot_dir: Path | str, out_html: Path | str, *, runs: Sequence[Path] = ()) -> Path:
