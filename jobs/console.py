@@ -1,6 +1,7 @@
 """What a person sees in a terminal: tables, a progress bar, log lines."""
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.table import Table
 # Numbers are aligned right, everything else left.
 RIGHT = {"recordings", "hours", "count", "share", "bytes", "windows", "units", "value", "n"}
 
-console = Console()
+# A file or a pipe has no width; 80 columns would break the tables.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -28,13 +30,13 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def hours_progress() -> Progress:
-    """Progress bar that counts hours of signal; tasks carry `rate` (hours/s) and `eta` as fields."""
+    """Progress bar over hours of signal; tasks carry the texts `hours`, `speed` and `eta` as fields."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.completed:.2f}/{task.total:.2f} h"),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[hours]}"),
+        TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[eta]}"),
         console=console,
     )

@@ -113,12 +113,17 @@ def run_conversion(settings: "ConvertConfig") -> int:
 
     bar = hours_progress()
     with bar:
-        task = bar.add_task("converting", total=None, rate="", eta="")
+        task = bar.add_task("converting", total=None, hours="", speed="", eta="")
 
         def show(row: pipeline.ProgressRow) -> None:
-            eta = "" if row.eta_s is None else f"ETA {row.eta_s:.0f} s"
-            speed = f"{row.hours_per_s * 3600:,.0f} h per hour, {row.recordings_done}/{row.recordings_total} recordings"
-            bar.update(task, total=row.hours_total, completed=row.hours_done, rate=speed, eta=eta)
+            bar.update(
+                task,
+                total=row.hours_total,
+                completed=row.hours_done,
+                hours=f"{row.hours_done:.2f}/{row.hours_total:.2f} h",
+                speed=f"{row.hours_per_s:.2f} h/s, {row.recordings_done}/{row.recordings_total} recordings",
+                eta="" if row.eta_s is None else f"ETA {row.eta_s:.0f} s",
+            )
 
         result = pipeline.run(settings, progress=show)
     quarantine = [(item.path, item.reason, item.message) for item in result.quarantine]

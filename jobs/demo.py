@@ -46,7 +46,7 @@ class Plan:
     """What a demo runs on: its configurations, by the name of the snapshot, and a file to predict.
 
     Attributes:
-        data: Folder of the recordings.
+        data: Folder of the recordings; each source's root lies in it, or it is the root of all.
         convert: Snapshot name → conversion YAML; the first one is used for the report.
         pretrain: Run name → pretraining YAML; one worker of the first one is killed.
         adapt: YAML of the adapters.
@@ -54,6 +54,7 @@ class Plan:
     """
 
     data: Path
+    has_one_root: bool
     convert: dict[str, Path]
     pretrain: dict[str, Path]
     adapt: Path
@@ -92,7 +93,7 @@ def run_demo(out: Path, *, data: Path | None = None) -> None:
         plan = _synthetic(out, ledger) if data is None else _real(data)
     with ledger.stage("scan"):
         for config in plan.convert.values():
-            _scan(load_config(ConvertConfig, config, _roots(config, plan.data)))
+            _scan(load_config(ConvertConfig, config, _roots(config, plan)))
     with ledger.stage("start Ray"):
         ray.init(
             address="local",
@@ -132,6 +133,7 @@ def _synthetic(out: Path, ledger: Ledger) -> Plan:
     ledger.note("recordings", "14 nights EDF+, 1 broken file, 120 WFDB records", recordings)
     return Plan(
         data=recordings,
+        has_one_root=True,
         convert={"psg": CONFIGS / "convert_psg.yaml", "ecg": CONFIGS / "convert_ecg.yaml"},
         pretrain={
             "sleep": CONFIGS / "pretrain_sleep.yaml",
@@ -149,6 +151,7 @@ def _real(data: Path) -> Plan:
     folder = CONFIGS / "real"
     return Plan(
         data=data,
+        has_one_root=False,
         convert={name: folder / f"convert_{name}.yaml" for name in ("psg", "ecg", "eeg")},
         pretrain={name: folder / f"pretrain_{name}.yaml" for name in ("sleep", "univariate")},
         adapt=folder / "adapt.yaml",
@@ -159,10 +162,11 @@ def _real(data: Path) -> Plan:
     )
 
 
-def _roots(config: Path, data: Path) -> list[str]:
-    """Overrides that put the roots of a conversion's sources below `data`."""
+def _roots(config: Path, plan: Plan) -> list[str]:
+    """Overrides that put the roots of a conversion's sources below the plan's data."""
     sources = load_config(ConvertConfig, config).sources
-    return [f"sources.{n}.root={data / source.root}" for n, source in enumerate(sources)]
+    roots = [plan.data if plan.has_one_root else plan.data / source.root for source in sources]
+    return [f"sources.{n}.root={root}" for n, root in enumerate(roots)]
 
 
 def _scan(config: ConvertConfig) -> None:
@@ -174,7 +178,7 @@ def _scan(config: ConvertConfig) -> None:
 
 def _convert(name: str, config: Path, plan: Plan, out: Path, ledger: Ledger) -> None:
     folder = out / "shards" / name
-    settings = load_config(ConvertConfig, config, [f"output={folder}", *_roots(config, plan.data)])
+    settings = load_config(ConvertConfig, config, [f"output={folder}", *_roots(config, plan)])
     code = run_conversion(settings)
     found = verify(folder, deep=True)
     if not found.is_sound:
