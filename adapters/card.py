@@ -9,6 +9,7 @@ from adapters.config import Card
 from adapters.layout import TaskRecord
 from manifests.recipes import KindRule
 
+FEW_SUBJECTS = 10
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
@@ -99,7 +100,8 @@ def _score_table(split: str, scores: dict[str, Any]) -> list[str]:
     ]
     support = ", ".join(f"{label} {count}" for label, count in scores["support"].items())
     return [
-        f"{split}: {scores['n']} windows of {scores['subjects']} subjects ({support}); 95 % interval over subjects\n",
+        f"{split}: {scores['n']} windows of {scores['subjects']} subjects ({support}). The interval (95 %) resamples "
+        f"subjects{'; from so few it is too narrow' if scores['subjects'] < FEW_SUBJECTS else ''}.\n",
         "| metric | value | interval | chance |\n|---|---|---|---|",
         *rows,
         "",

@@ -36,11 +36,15 @@ class TaskRun(_Strict):
 
 
 class AdaptOptimizer(_Strict):
-    """AdamW with warm-up and cosine decay. LoRA takes no weight decay: it is a low-rank change already."""
+    """AdamW with warm-up and cosine decay. LoRA takes no weight decay: it is a low-rank change already.
+
+    The rates suit tiny encoders pretrained for minutes: there 1e-3 for the temporal encoder took staging of unseen
+    synthetic sleepers from 0.62 to 0.83 balanced accuracy against 2e-4. One pretrained for days wants 1e-4.
+    """
 
     lr_lora: Annotated[float, Field(ge=0)] = 1e-3
     lr_head: Annotated[float, Field(ge=0)] = 2e-3
-    lr_temporal: Annotated[float, Field(ge=0)] = 2e-4
+    lr_temporal: Annotated[float, Field(ge=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     clip_norm: Annotated[float, Field(gt=0)] = 3.0

@@ -30,7 +30,8 @@ def score_classes(
 
     Returns:
         `n`, `subjects`, `support` per label, `confusion` (rows = truth) and per metric `value`, `chance` (of
-        a guess that ignores the signal) and `interval` (null under two subjects). Balanced accuracy averages over
+        a guess that ignores the signal) and `interval` (95 %, percentiles; null under two subjects, too narrow
+        under about ten). Balanced accuracy averages over
         the classes that occur in `truth`, as scikit-learn does.
     """
     truth = np.asarray(truth)
