@@ -34,6 +34,8 @@ class Task(BaseModel):
         balance: Classes are drawn in proportion to n^balance: 0 = equally often, 1 = as they come. Needs
             `cross_entropy`; `bce` draws windows as they come.
         class_weights: Weight of each class in the loss; null = 1 each.
+        channel_dropout: Share of training windows that lose a random number of channels, so that recordings with
+            fewer channels than the training data can be read.
         primary: Metric that chooses the best step.
     """
 
@@ -51,6 +53,7 @@ class Task(BaseModel):
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     balance: Annotated[float, Field(ge=0, le=1)] = 0.5
     class_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    channel_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     primary: MetricName = "balanced_accuracy"
 
     @field_validator("kinds")

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch.nn import functional
 
+from adapters.augment import drop_channels
 from adapters.checkpoint import (
     Progress,
     check_fingerprint,
@@ -36,7 +37,7 @@ from adapters.model import MultiTaskModel
 from adapters.tasks import Task, load_task
 from manifests.config import digest, start_run, write_atomically
 from manifests.errors import ConfigError
-from trainer.batches import ChannelBatch, stable_hash
+from trainer.batches import ChannelBatch, generator, stable_hash
 from trainer.data import Order
 from trainer.export import load_encoder, read_card
 from trainer.read import SnapshotReader, Window
@@ -225,8 +226,11 @@ def labelled_batches(data: TaskData, *, seed: int, start: int) -> Generator[Labe
     order = Order(train.streams, seed=stable_hash(seed, data.task.id), global_batch=data.batch)
     reader = SnapshotReader(train.streams, num_threads=1)
 
-    def work(_: int, windows: list[Window]) -> LabelledBatch:
-        return data.task, collate_task(data.task, windows), targets_of(data.task, train, windows)
+    def work(step: int, windows: list[Window]) -> LabelledBatch:
+        batch = collate_task(data.task, windows)
+        if data.task.channel_dropout:
+            batch = drop_channels(data.task, batch, generator(seed, "channels", data.task.id, step))
+        return data.task, batch, targets_of(data.task, train, windows)
 
     with closing(reader):
         yield from reader.stream(order, work, start_batch=start)

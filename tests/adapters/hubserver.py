@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 (names of http.server)
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *_: Any) -> None:
         """Keep the test's output clean."""
