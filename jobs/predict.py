@@ -11,7 +11,8 @@ from adapters.predict import Prediction, check_channels, predict
 from engine.read import read_header, sniff
 from engine.scan import resolve_channels
 from engine.windows import Losses, window_recording
-from manifests.corpora import Corpus, SplitRule, SubjectRule
+from manifests.config import validate
+from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe
 from trainer.read import Window
@@ -46,19 +47,20 @@ def stranger(
     reader = sniff(path)
     if reader is None:
         raise RecordingError("NOT_A_RECORDING", f"{path}: no reader knows its content; convert it to EDF first")
-    return Corpus(
-        id="stranger",
-        title="One recording",
-        licence="unknown",
-        access="",
-        reader=reader,  # pyright: ignore[reportArgumentType] (sniff returns names of readers)
-        files=[path.name],
-        subject=SubjectRule(pattern="(?P<subject>.+)"),
-        channels=dict(_pair(text) for text in channels),
-        units=dict(_pair(text) for text in units),
-        mains_hz=mains_hz,  # pyright: ignore[reportArgumentType] (pydantic refuses others)
-        split=SplitRule(fractions=(0, 0, 1)),
-    )
+    data = {
+        "id": "stranger",
+        "title": "One recording",
+        "licence": "unknown",
+        "access": "",
+        "reader": reader,
+        "files": [path.name],
+        "subject": {"pattern": "(?P<subject>.+)"},
+        "channels": dict(_pair(text) for text in channels),
+        "units": dict(_pair(text) for text in units),
+        "mains_hz": mains_hz,
+        "split": {"fractions": (0, 0, 1)},
+    }
+    return validate(Corpus, data, where="options")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,0 +1,149 @@
+"""The command line: every verb has help with an example, errors become exit codes and one message."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.config import ConvertConfig
+from engine.convert import convert_all
+from engine.synthetic import synthesise
+from jobs import cli
+from manifests.config import dump_yaml
+
+VERBS = [
+    *("scan", "plan", "convert", "status", "verify", "report", "preview"),
+    *("pretrain", "evaluate", "adapt", "predict", "publish", "submit", "doctor", "demo"),
+]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """Exit code and output of `kymo ARGUMENTS`."""
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kymo", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two nights of ten minutes, a broken file, four ECG records."""
+    root = tmp_path_factory.mktemp("recordings")
+    synthesise(root, num_subjects=2, num_ecg=4, night_minutes=10)
+    return root
+
+
+@pytest.fixture(scope="module")
+def snapshot(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Snapshot of the ECG records."""
+    output = tmp_path_factory.mktemp("snapshots") / "ecg"
+    source = {"corpus": "synthetic_ecg", "root": str(recordings)}
+    convert_all(ConvertConfig.model_validate({"output": str(output), "recipe": "ecg128", "sources": [source]}))
+    return output
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    code, text = run(capsys, verb, "--help")
+    assert code == 0
+    assert f"Example: kymo {verb}" in re.sub(r"\s+", " ", text)
+
+
+def test_the_verbs_are_those_of_the_readme_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = run(capsys, "--help")
+    assert set(re.findall(r"^│ ([a-z]+)  ", text, re.MULTILINE)) == set(VERBS)
+
+
+def test_scan_shows_channels_unresolved_labels_and_broken_files(
+    capsys: pytest.CaptureFixture[str], recordings: Path
+) -> None:
+    code, text = run(capsys, "scan", recordings, "--corpus", "synthetic_psg")
+    assert code == 0
+    assert "resp:thorax" in text
+    assert "X7" in text
+    assert "TRUNCATED" in text
+
+
+def test_scan_works_without_a_corpus_file(capsys: pytest.CaptureFixture[str], recordings: Path) -> None:
+    code, text = run(capsys, "scan", recordings / "ecg")
+    assert code == 0
+    assert "ecg:V6" in text
+
+
+def test_plan_writes_nothing(capsys: pytest.CaptureFixture[str], recordings: Path, tmp_path: Path) -> None:
+    config = tmp_path / "convert.yaml"
+    sources = [{"corpus": "synthetic_psg", "root": str(recordings)}]
+    config.write_text(dump_yaml({"output": str(tmp_path / "out"), "recipe": "psg128", "sources": sources}))
+    code, text = run(capsys, "plan", config, "unit_bytes=1000000")
+    assert code == 0
+    assert "units, 0.33 h" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_key_ends_with_code_2_and_the_nearest_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "convert.yaml"
+    config.write_text(dump_yaml({"output": "o", "recipe": "psg128", "sources": [], "num_cpu": 2}))
+    code, text = run(capsys, "convert", config)
+    assert code == 2
+    assert "num_cpu: no such key; nearest: num_cpus" in text
+
+
+def test_verify_finds_a_flipped_byte(capsys: pytest.CaptureFixture[str], snapshot: Path) -> None:
+    assert run(capsys, "verify", snapshot, "--deep")[0] == 0
+    shard = next((snapshot / "shards").glob("*.tar"))
+    original = shard.read_bytes()
+    try:
+        shard.write_bytes(original[:700] + bytes([original[700] ^ 1]) + original[701:])
+        code, text = run(capsys, "verify", snapshot)
+        assert code == 5
+        assert shard.name in text
+    finally:
+        shard.write_bytes(original)
+
+
+def test_status_preview_and_report_of_a_snapshot(
+    capsys: pytest.CaptureFixture[str], snapshot: Path, tmp_path: Path
+) -> None:
+    code, text = run(capsys, "status", snapshot)
+    assert (code, "snapshot written" in text) == (0, True)
+    assert run(capsys, "preview", snapshot, "--out", tmp_path / "p.png")[0] == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert run(capsys, "report", snapshot, "--out", tmp_path / "r.html")[0] == 0
+    assert "</html>" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_without_a_snapshot_is_the_operators_mistake(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, text = run(capsys, "report", tmp_path)
+    assert code == 2
+    assert "give a folder that kymo convert has finished" in text
+
+
+def test_doctor_passes_here_and_says_what_to_do_where_it_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code, text = run(capsys, "doctor", tmp_path)
+    assert code == 0, text
+    monkeypatch.setattr("jobs.doctor.MIN_DISK_GIB", 10**6)
+    lock = tmp_path / "cache" / "py311" / "op" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    code, text = run(capsys, "doctor", tmp_path)
+    assert code == 1
+    assert "free 1000000 GiB" in text
+    assert f"rm {lock}" in text.replace("\n", "")
+
+
+def test_predict_says_that_a_folder_holds_no_bundle(
+    capsys: pytest.CaptureFixture[str], recordings: Path, tmp_path: Path
+) -> None:
+    code, text = run(capsys, "predict", tmp_path, recordings / "ecg" / "E00001.hea")
+    assert code in {2, 5}
+    assert "bundle.json" in text
