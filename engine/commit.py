@@ -87,7 +87,11 @@ class Limits(_Strict):
 
 
 class Commit(_Strict):
-    """`commits/commit-UNIT.json`. `seconds` is the time that the conversion took and the only varying field."""
+    """`commits/commit-UNIT.json`. `seconds` is the time that the conversion took and the only varying field.
+
+    `unmapped` counts by corpus the annotations whose text its file does not list. The texts stay out: a technician's
+    note may name a person.
+    """
 
     unit: str
     inputs: list[Input]

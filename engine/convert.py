@@ -104,7 +104,7 @@ def _take(tally: _Tally, item: PlanItem, answer: dict[str, Any], spool: Path) ->
         tally.samples.append(Spooled(key=row["key"], spool=spool, **place))
         tally.rows[row["key"]] = row
     tally.dropped.update(answer["dropped"])
-    tally.unmapped.update(answer["unmapped"])
+    tally.unmapped[f"(any text that {item.corpus}.yaml does not list)"] += answer["unmapped"]
     for label, reason, count in answer["unresolved"]:
         tally.unresolved[item.corpus, label, reason] += count
 
@@ -173,7 +173,7 @@ def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], limits: Limi
             UnresolvedLabel(corpus=corpus, label=label, reason=why, count=count)
             for (corpus, label, why), count in sorted(tally.unresolved.items())
         ],
-        unmapped=dict(sorted(tally.unmapped.items())),
+        unmapped={name: count for name, count in sorted(tally.unmapped.items()) if count},
         limits=limits,
         seconds=round(seconds, 3),
     )

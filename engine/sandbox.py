@@ -150,7 +150,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "rows": rows,
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
-        "unmapped": dict(sorted(losses.unmapped.items())),
+        "unmapped": losses.unmapped.total(),
         "sha256": {path.name: _sha256(path) for path in companions(job.path, job.corpus)},
     }
 
@@ -204,7 +204,8 @@ class Sandbox:
             os.close(self._answers)
             self._process = None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the child, which takes about a second of imports; `convert` does it where needed."""
         self._answers, write_end = os.pipe()
         # The child finds the packages where this process found them, in a Ray job's working_dir as in a checkout.
         python_path = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -240,7 +241,7 @@ class Sandbox:
             RecordingError: The recording cannot be used, or its decoder crashed or went over a limit.
             ConfigError: The corpus file does not fit the recording.
         """
-        process = self._process if self._process is not None else self._start()
+        process = self._process if self._process is not None else self.start()
         if process.stdin is None:
             raise RuntimeError("the sandbox has no pipe to its child")
         try:

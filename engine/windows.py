@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.annotations import Labels, read_labels
-from engine.dsp import fill_nan, harmonise, to_unit
+from engine.dsp import fill_nan, harmonise, output_length, to_unit
+from engine.quality import Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
 from engine.read import read_header, read_signals
 from engine.recording import Channel, Recording
 from engine.scan import resolve_channels, session_hash, subject_of
@@ -26,17 +28,8 @@ from manifests.corpora import Corpus, split_of, subject_hash
 from manifests.errors import RecordingError
 from manifests.recipes import KindRule, Recipe
 
-# Kinds whose sensor shows noise at any time, so that a constant second or a run at the extreme is a fault.
-ELECTRICAL = frozenset({"eeg", "eog", "emg", "ecg"})
-
-INT16_MAX = 32767
-# Largest step for 70 dB, 0.1 dB in hand: noise is step / sqrt(12), so step = sd * sqrt(12) / 10**(dB / 20).
-_STEP_PER_SD = math.sqrt(12) / 10 ** (70.1 / 20)
-_OUTLIER_ROUNDS = 5
 _GROUP_BYTES = 256 << 20  # float32 samples decoded at once
-_MAX_STATISTIC_SAMPLES = 200_000  # median and MAD come from an evenly spaced sub-sample of this size
 _STAGE_EPOCH_S = 30
-_CLIP_RUN = 3  # equal samples in a row at the recording's extreme that count as clipped
 _UNIT_WITH_FACTOR = re.compile(r"(\d+(?:\.\d+)?) +(\S+)")
 _FILTER_TOKEN = re.compile(r"\b(HP|LP|BP|N|NOTCH|DC)\s*[:=]?\s*(\d+(?:\.\d+)?)\s*(k?Hz|s)?", re.IGNORECASE)
 
@@ -60,44 +53,29 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    """One channel of the whole recording: int16 samples (T,), its tag, faults per native second or window."""
+class _Place:
+    """A window's place: seconds from the recording's start, its segment, and seconds from that segment's start."""
 
-    samples: np.ndarray
-    rate_hz: int
-    kind: str
-    tag: dict[str, Any]
-    bad: "_Faults"
+    start: Fraction
+    segment: int
+    within: Fraction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Faults:
-    """Cumulated counts of faulty native samples, (N + 1,) each or None where there are none at all."""
+class _Row:
+    """One channel of the whole recording: int16 samples (T,), where its segments begin in them, its tag, its faults.
 
-    rate: Fraction
-    flat: np.ndarray | None
-    clipped: np.ndarray | None
-    nan: np.ndarray | None
-    saturated: np.ndarray | None
+    Segments end on whole samples at either rate, so their beginnings are kept and not computed from time.
+    """
 
-    def shares(self, start: int, length: int, rate_hz: int) -> tuple[float, float, float]:
-        """Flat, clipped and missing share of output samples [start, start + length) at `rate_hz`."""
-        first, last = (int(x * self.rate / rate_hz) for x in (start, start + length))
-        flat, clipped, nan = (_share(sums, first, last) for sums in (self.flat, self.clipped, self.nan))
-        return flat, max(clipped, _share(self.saturated, start, start + length)), nan
-
-
-def _share(sums: np.ndarray | None, first: int, last: int) -> float:
-    if sums is None:
-        return 0.0
-    last = min(last, sums.size - 1)
-    return round(float(sums[last] - sums[first]) / max(1, last - first), 4)
-
-
-def _cumulated(flags: np.ndarray) -> np.ndarray | None:
-    if not flags.any():
-        return None
-    return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(flags, dtype=np.int64)))
+    samples: np.ndarray
+    segments: list[int]
+    native_segments: list[int]
+    native_rate: Fraction
+    rate_hz: int
+    kind: str
+    tag: dict[str, Any]
+    bad: Faults
 
 
 def recording_id(corpus: Corpus, path: str) -> str:
@@ -122,84 +100,8 @@ def segment_samples(recording: Recording, rate: Fraction, num_samples: int) -> l
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _flat(signal: np.ndarray, rate: Fraction, kind: str) -> np.ndarray | None:
-    """Cumulated samples that lie in a constant second."""
-    block = math.floor(rate)
-    if kind not in ELECTRICAL or block < 2 or signal.size < block:
-        return None
-    whole = signal[: signal.size // block * block].reshape(-1, block)
-    # Most seconds differ in their first two samples; only the rest is looked at closely.
-    suspects = np.flatnonzero(whole[:, 0] == whole[:, 1])
-    suspects = suspects[np.ptp(whole[suspects], axis=1) == 0] if suspects.size else suspects
-    if not suspects.size:
-        return None
-    flags = np.zeros(signal.size, dtype=bool)
-    flags[: whole.size].reshape(-1, block)[suspects] = True
-    return _cumulated(flags)
-
-
-def _clipped(signal: np.ndarray, kind: str) -> np.ndarray | None:
-    """Cumulated samples in runs of three and more at the recording's own extremes."""
-    if kind not in ELECTRICAL or signal.size < _CLIP_RUN:
-        return None
-    low, high = signal.min(), signal.max()
-    if low == high:
-        return None
-    flags = np.zeros(signal.size, dtype=bool)
-    for extreme in (low, high):
-        where = np.flatnonzero(signal == extreme)
-        if where.size < _CLIP_RUN:
-            continue
-        starts = where[:-2][(where[2:] - where[:-2]) == _CLIP_RUN - 1]
-        for shift in range(_CLIP_RUN):
-            flags[starts + shift] = True
-    return _cumulated(flags)
-
-
-def _statistics(signal: np.ndarray) -> tuple[float, float, float, float]:
-    """Mean, sd, median, MAD of a filtered channel (T,), in its physical unit."""
-    mean = float(signal.mean(dtype=np.float64))
-    squares = float(np.dot(signal, signal)) if signal.size < 1 << 16 else _sum_of_squares(signal)
-    sd = math.sqrt(max(0.0, squares / signal.size - mean * mean))
-    part = signal[:: max(1, signal.size // _MAX_STATISTIC_SAMPLES)]
-    median = float(np.median(part))
-    return mean, sd, median, float(np.median(np.abs(part - np.float32(median))))
-
-
-def _sum_of_squares(signal: np.ndarray) -> float:
-    # In blocks: a float32 dot product over a night loses digits.
-    blocks = np.array_split(signal, math.ceil(signal.size / (1 << 16)))
-    return math.fsum(float(np.dot(block, block)) for block in blocks)
-
-
-def _sd_without_outliers(signal: np.ndarray, sd: float) -> float:
-    """Standard deviation of the samples that an int16 at 70 dB can hold, in the signal's unit."""
-    for _ in range(_OUTLIER_ROUNDS):
-        kept = signal[np.abs(signal) <= sd * _STEP_PER_SD * INT16_MAX]
-        smaller = float(kept.std(dtype=np.float64)) if kept.size else 0.0
-        if not 0 < smaller < sd * (1 - 1e-3):
-            break
-        sd = smaller
-    return sd
-
-
-def quantise(signal: np.ndarray, sd: float) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """int16 samples (T,), their scale in physical units, and the cumulated saturated samples.
-
-    The scale reaches the largest sample unless an outlier lies so far out that the quantisation noise would come
-    within 70 dB of the rest of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
-    """
-    peak = float(max(signal.max(), -signal.min())) if signal.size else 0.0
-    if peak == 0.0:
-        return np.zeros(signal.size, dtype=np.int16), 1.0, None
-    scale = peak / INT16_MAX
-    if 0 < sd * _STEP_PER_SD < scale:
-        scale = _sd_without_outliers(signal, sd) * _STEP_PER_SD
-    steps = signal * np.float32(1 / scale)
-    np.rint(steps, out=steps)
-    saturated = _cumulated(np.abs(steps) > INT16_MAX) if peak > scale * (INT16_MAX + 0.5) else None
-    np.clip(steps, -INT16_MAX, INT16_MAX, out=steps)
-    return steps.astype(np.int16), scale, saturated
+def _beginnings(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
 
 
 def in_canonical_unit(signal: np.ndarray, raw_unit: str, canonical_unit: str) -> np.ndarray:
@@ -222,12 +124,12 @@ def _row(
 ) -> _Row:
     """One channel, filtered and resampled per segment and quantised."""
     missing = ~np.isfinite(signal)
-    nan = _cumulated(missing)
+    nan = cumulated(missing)
     if nan is not None:
         if missing.all():
             raise RecordingError("SIGNAL_INVALID", f"channel {channel.index}: every sample is missing")
         signal = fill_nan(signal)
-    flat, clipped = _flat(signal, channel.rate, tag.kind), _clipped(signal, tag.kind)
+    flat, clipped = flat_samples(signal, channel.rate, tag.kind), clipped_samples(signal, tag.kind)
     filtered = harmonise(
         in_canonical_unit(signal, raw_unit, tag.unit),
         rate=channel.rate,
@@ -237,14 +139,17 @@ def _row(
         notch_hz=notch_hz if rule.notch else None,
         segments_samples=segments,
     )
-    mean, sd, median, mad = _statistics(filtered)
+    mean, sd, median, mad = statistics(filtered)
     samples, scale, saturated = quantise(filtered, sd)
     rate = [channel.rate.numerator, channel.rate.denominator]
     return _Row(
         samples=samples,
         rate_hz=rule.rate_hz,
         kind=tag.kind,
-        bad=_Faults(rate=channel.rate, flat=flat, clipped=clipped, nan=nan, saturated=saturated),
+        segments=_beginnings([output_length(count, channel.rate, rule.rate_hz) for count in segments]),
+        native_segments=_beginnings(segments),
+        native_rate=channel.rate,
+        bad=Faults(flat=flat, clipped=clipped, nan=nan, saturated=saturated),
         tag={
             "symbol": tag.symbol,
             "kind": tag.kind,
@@ -334,40 +239,46 @@ def _rows(recording: Recording, corpus: Corpus, recipe: Recipe, losses: Losses) 
     return rows
 
 
-def _starts(recording: Recording, recipe: Recipe, losses: Losses) -> list[tuple[Fraction, Fraction]]:
-    """Start of each window on the recipe's grid: seconds since the recording's start, and in the joined signal."""
-    starts: list[tuple[Fraction, Fraction]] = []
-    joined = Fraction(0)
-    for segment in recording.segments:
+def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place]:
+    """Windows of the recording: on the recipe's grid, which begins with the recording, inside one segment each."""
+    places: list[_Place] = []
+    for number, segment in enumerate(recording.segments):
         first = math.ceil(segment.start / recipe.hop_s)
         end = segment.start + segment.duration
         count = max(0, math.floor((end - recipe.window_s) / recipe.hop_s) - first + 1)
-        starts += [
-            (Fraction(k * recipe.hop_s), joined + k * recipe.hop_s - segment.start) for k in range(first, first + count)
+        places += [
+            _Place(start=Fraction(start), segment=number, within=start - segment.start)
+            for start in range(first * recipe.hop_s, (first + count) * recipe.hop_s, recipe.hop_s)
         ]
         covered = (first + count - 1) * recipe.hop_s + recipe.window_s if count else segment.start
         losses.dropped["partial"] += int(end - covered >= 1)
-        joined += segment.duration
-    return starts
+    return places
 
 
 def _window(
-    rows: Mapping[str, Sequence[_Row]], joined: Fraction, window_s: int
+    rows: Mapping[str, Sequence[_Row]], place: _Place, window_s: int
 ) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]], float]:
-    """Arrays, tags and quality of one window that starts `joined` seconds into the joined signal."""
+    """Arrays, tags and quality of one window."""
     arrays: dict[str, np.ndarray] = {}
     tags: dict[str, list[dict[str, Any]]] = {}
     bad: list[float] = []
     for kind, members in rows.items():
         length = members[0].rate_hz * window_s
-        # A segment may begin between two samples; the last window may then reach half a sample too far.
-        start = max(0, min(round(joined * members[0].rate_hz), min(row.samples.size for row in members) - length))
-        arrays[kind] = np.stack([row.samples[start : start + length] for row in members])
+        pieces: list[np.ndarray] = []
         tags[kind] = []
+        offset = round(place.within * members[0].rate_hz)
         for row in members:
-            flat, clipped, nan = row.bad.shares(start, length, row.rate_hz)
+            start = row.segments[place.segment] + offset
+            pieces.append(row.samples[start : start + length])
+            flat, clipped, nan = 0.0, 0.0, 0.0
+            if not row.bad.is_clean:
+                native = row.native_segments[place.segment] + math.floor(place.within * row.native_rate)
+                flat, clipped, nan = row.bad.shares(
+                    (native, native + math.floor(window_s * row.native_rate)), (start, start + length)
+                )
             tags[kind].append({**row.tag, "flat": flat, "clipped": clipped, "nan": nan})
             bad.append(min(1.0, flat + clipped + nan))
+        arrays[kind] = np.stack(pieces)
     return arrays, tags, round(1.0 - math.fsum(bad) / len(bad), 4)
 
 
@@ -396,6 +307,21 @@ def _is_labelled(labels: Mapping[str, Any]) -> bool:
     return bool(labels.get("classes")) or any(stage != "?" for stage in labels.get("stage", []))
 
 
+def _identity(corpus: Corpus, recipe: Recipe, relative: str) -> dict[str, str]:
+    """What every window of a recording says about where it comes from, hashed where it could name a person."""
+    if relative in corpus.known_bad:
+        raise RecordingError("KNOWN_BAD", f"{relative}: {corpus.known_bad[relative]}")
+    subject, session = subject_of(corpus, relative)
+    return {
+        "corpus": corpus.id,
+        "subject": subject_hash(corpus, subject),
+        "recording": recording_id(corpus, relative),
+        "session": session_hash(corpus, subject, session),
+        "split": split_of(corpus, subject),
+        "recipe": recipe.id,
+    }
+
+
 def window_recording(
     path: Path, *, corpus: Corpus, recipe: Recipe, root: Path, losses: Losses | None = None
 ) -> Iterator[Sample]:
@@ -413,54 +339,40 @@ def window_recording(
         ConfigError: The corpus file does not fit it (its subject cannot be read from the path).
     """
     losses = losses if losses is not None else Losses()
-    relative = path.relative_to(root).as_posix()
-    subject, session = subject_of(corpus, relative)
-    if relative in corpus.known_bad:
-        raise RecordingError("KNOWN_BAD", f"{relative}: {corpus.known_bad[relative]}")
+    identity = _identity(corpus, recipe, path.relative_to(root).as_posix())
     recording = read_header(path, corpus.reader, corpus.layout)
-    starts = _starts(recording, recipe, losses)
-    if not starts:
+    places = _places(recording, recipe, losses)
+    if not places:
         longest = max((float(segment.duration) for segment in recording.segments), default=0.0)
         raise RecordingError(
             "TOO_SHORT", f"longest stretch {longest:g} s; a window of recipe {recipe.id} takes {recipe.window_s} s"
         )
-    labels = read_labels(recording, corpus, subject=subject)
+    labels = read_labels(recording, corpus, subject=subject_of(corpus, path.relative_to(root).as_posix())[0])
     losses.unmapped.update(labels.unmapped)
-    by_kind: dict[str, list[_Row]] = {kind: [] for kind in recipe.kinds}
-    for row in _rows(recording, corpus, recipe, losses):
-        by_kind[row.kind].append(row)
-    rows = {kind: members for kind, members in by_kind.items() if members}
+    rows = _rows(recording, corpus, recipe, losses)
+    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in recipe.kinds}
+    by_kind = {kind: members for kind, members in by_kind.items() if members}
     rate_hz = max(rule.rate_hz for rule in recipe.kinds.values())
-    common = {
-        "corpus": corpus.id,
-        "subject": subject_hash(corpus, subject),
-        "recording": recording_id(corpus, relative),
-        "session": session_hash(corpus, subject, session),
-        "split": split_of(corpus, subject),
-        "recipe": recipe.id,
-    }
-    name = f"{corpus.id}-{common['subject']}-{common['recording']}"
-    for start, joined in starts:
-        arrays, tags, quality = _window(rows, joined, recipe.window_s)
-        given = window_labels(labels, start, window_s=recipe.window_s, rate_hz=rate_hz)
+    for place in places:
+        arrays, tags, quality = _window(by_kind, place, recipe.window_s)
+        given = window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=rate_hz)
         if quality < recipe.min_quality:
             losses.dropped["quality"] += 1
-        elif recipe.keep == "labelled" and not _is_labelled(given):
+            continue
+        if recipe.keep == "labelled" and not _is_labelled(given):
             losses.dropped["unlabelled"] += 1
-        else:
-            first = int(start * rate_hz)
-            yield Sample(
-                key=f"{name}-{first:010d}",
-                arrays=arrays,
-                meta={
-                    "key": f"{name}-{first:010d}",
-                    **common,
-                    "start": first,
-                    "length": recipe.window_s * rate_hz,
-                    "rate": [rate_hz, 1],
-                    "quality": quality,
-                    "ucs_version": UCS_VERSION,
-                    "ucs": tags,
-                    "labels": given,
-                },
-            )
+            continue
+        start = int(place.start * rate_hz)
+        key = f"{corpus.id}-{identity['subject']}-{identity['recording']}-{start:010d}"
+        meta = {
+            "key": key,
+            **identity,
+            "start": start,
+            "length": recipe.window_s * rate_hz,
+            "rate": [rate_hz, 1],
+            "quality": quality,
+            "ucs_version": UCS_VERSION,
+            "ucs": tags,
+            "labels": given,
+        }
+        yield Sample(key=key, arrays=arrays, meta=meta)

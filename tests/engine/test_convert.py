@@ -198,6 +198,8 @@ def test_no_header_text_in_any_output(tiny_root: Path, tiny_config: ConvertConfi
     data[transducers] = b"AgAgCl of Erika_Mustermann".ljust(80) * num_signals
     prefilters = slice(256 + 136 * num_signals, 256 + 216 * num_signals)
     data[prefilters] = b"HP:0.1Hz by Quacksalber".ljust(80) * num_signals
+    annotation = data.index(b"Sleep stage W")
+    data[annotation : annotation + 13] = b"E. Mustermann"
     path.write_bytes(data)
     broken = path.parents[1] / "sub-002/sub-002_psg.edf"
     broken.parent.mkdir()
@@ -207,6 +209,8 @@ def test_no_header_text_in_any_output(tiny_root: Path, tiny_config: ConvertConfi
     )
     result = convert_all(config)
     assert (result.counts["windows"], result.counts["quarantined"]) == (20, 1)
+    commits = [read_commit(config.output, unit.id) for unit in read_plan(config.output)]
+    assert [sum(commit.unmapped.values()) for commit in commits if commit and commit.unmapped] == [1]
     everything = b"".join(path.read_bytes() for path in config.output.rglob("*") if path.is_file())
     assert b"HP:0.1Hz" in everything
     for word in (b"Mustermann", b"Quacksalber", b"MCH-0234567", b"1951", b"2002", b"AgAgCl", b"EMG561"):

@@ -20,7 +20,7 @@ def test_scan_tells_hours_channels_and_the_broken_file(tiny_config: ConvertConfi
     symbols = {item["symbol"]: item for item in result.channel_rows()}
     assert symbols["resp:thorax"]["recordings"] == 3
     assert symbols["resp:thorax"]["share"] == 1.0
-    assert ["X7"] == [item["label"] for item in result.unresolved_rows()]
+    assert [item["label"] for item in result.unresolved_rows()] == ["X7"]
     (bad,) = result.unreadable_rows()
     assert bad["reason"] in {"TRUNCATED", "HEADER_INVALID"}
     assert all(item["rate_hz"] > 0 for item in result.rate_rows())
@@ -75,7 +75,7 @@ def test_a_path_that_belongs_to_nobody_is_refused(tiny_root: Path) -> None:
 
 
 def test_a_missing_root_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="root .* is no folder"):
+    with pytest.raises(ConfigError, match=r"root .* is no folder"):
         corpus_files(load_corpus("synthetic_psg"), tmp_path / "nowhere")
 
 

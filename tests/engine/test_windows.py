@@ -13,7 +13,6 @@ from engine.windows import (
     Sample,
     clean_prefilter,
     in_canonical_unit,
-    quantise,
     recording_id,
     segment_samples,
     window_labels,
@@ -89,26 +88,6 @@ def test_statistics_are_those_of_the_filtered_recording(night: list[Sample]) -> 
             assert tag["sd"] == pytest.approx(row.std(), rel=1e-3)
             assert tag["median"] == pytest.approx(np.median(row), abs=0.01 * row.std())
             assert tag["mad"] == pytest.approx(np.median(np.abs(row - np.median(row))), rel=0.02)
-
-
-@pytest.mark.parametrize("outlier", [1.0, 30.0, 1000.0])
-def test_quantisation_noise_stays_70_db_below_the_signal(outlier: float) -> None:
-    signal = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
-    signal[500] = outlier
-    steps, scale, saturated = quantise(signal, float(signal.std()))
-    kept = np.abs(signal) <= 32767 * scale
-    noise = (steps * scale - signal)[kept]
-    assert 10 * np.log10(signal[kept].var() / noise.var()) >= 70
-    assert steps.max() <= 32767
-    assert steps.min() >= -32767
-    assert (0 if saturated is None else saturated[-1]) == (~kept).sum() == (outlier > 100)
-
-
-def test_a_silent_channel_has_a_scale_and_no_values() -> None:
-    steps, scale, saturated = quantise(np.zeros(10, dtype=np.float32), 0.0)
-    assert (steps == 0).all()
-    assert scale == 1.0
-    assert saturated is None
 
 
 def write_edf(path: Path, signals: dict[str, np.ndarray], rate: int) -> None:

@@ -1,0 +1,67 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from engine.quality import Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
+
+
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1000.0])
+def test_quantisation_noise_stays_70_db_below_the_signal(outlier: float) -> None:
+    signal = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    signal[500] = outlier
+    steps, scale, saturated = quantise(signal, float(signal.std()))
+    kept = np.abs(signal) <= 32767 * scale
+    noise = (steps * scale - signal)[kept]
+    assert 10 * np.log10(signal[kept].var() / noise.var()) >= 70
+    assert steps.max() <= 32767
+    assert steps.min() >= -32767
+    assert (0 if saturated is None else saturated[-1]) == (~kept).sum() == (outlier > 100)
+
+
+def test_a_silent_channel_has_a_scale_and_no_values() -> None:
+    steps, scale, saturated = quantise(np.zeros(10, dtype=np.float32), 0.0)
+    assert (steps == 0).all()
+    assert scale == 1.0
+    assert saturated is None
+
+
+def test_statistics_of_a_known_signal() -> None:
+    signal = (5 + np.tile([-1.0, 0.0, 0.0, 1.0], 50_000)).astype(np.float32)
+    mean, sd, median, mad = statistics(signal)
+    assert mean == pytest.approx(5)
+    assert sd == pytest.approx(np.sqrt(0.5), rel=1e-4)
+    assert median == 5
+    assert mad in {0.0, 1.0}
+
+
+def test_only_constant_seconds_of_electrical_signals_are_flat() -> None:
+    signal = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    signal[250:520] = 1.0
+    flat = flat_samples(signal, Fraction(100), "eeg")
+    assert flat is not None
+    assert (flat[-1], flat[500] - flat[300]) == (200, 200)
+    assert flat_samples(signal, Fraction(100), "spo2") is None
+    assert flat_samples(signal, Fraction(1), "eeg") is None
+
+
+def test_only_runs_at_the_extremes_are_clipped() -> None:
+    signal = np.sin(np.arange(1000, dtype=np.float32))
+    assert clipped_samples(signal, "eeg") is None
+    signal[100:110] = 2.0
+    signal[500] = 2.0
+    clipped = clipped_samples(signal, "eeg")
+    assert clipped is not None
+    assert clipped[-1] == 10
+    assert clipped_samples(signal, "spo2") is None
+    assert clipped_samples(np.ones(100, dtype=np.float32), "eeg") is None
+
+
+def test_shares_of_a_stretch() -> None:
+    flags = np.zeros(100, dtype=bool)
+    assert cumulated(flags) is None
+    flags[10:20] = True
+    faults = Faults(flat=cumulated(flags), clipped=None, nan=None, saturated=cumulated(flags))
+    assert not faults.is_clean
+    assert faults.shares((0, 20), (10, 15)) == (0.5, 1.0, 0.0)
+    assert Faults(flat=None, clipped=None, nan=None, saturated=None).is_clean
