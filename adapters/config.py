@@ -71,7 +71,8 @@ class AdaptConfig(_Strict):
         run_dir: Folder of the run; the same command in the same folder continues it.
         encoder: Folder of an exported encoder (`encoder.safetensors`, `encoder.json`).
         steps: Optimizer steps; each takes one batch of every task, always in the same order.
-        keep: `best` = the evaluated step with the highest mean of the tasks' primary metric on `val`.
+        keep: `last` step, or `best` = the evaluated step with the highest mean of the tasks' primary metric on `val`;
+            with a few subjects there that choice is mostly chance.
         eval_windows: At most so many windows per task and split are scored.
         threads: CPU threads; results are bit-identical for equal numbers only. One is enough for small encoders, and
             two on a busy machine wait for each other.
@@ -84,7 +85,7 @@ class AdaptConfig(_Strict):
     lora: LoraSpec = LoraSpec()
     optimizer: AdaptOptimizer = AdaptOptimizer()
     seed: Annotated[int, Field(ge=0)] = 0
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "last"] = "last"
     log_every: Positive = 10
     eval_every: Positive = 50
     checkpoint_every: Positive = 50

@@ -168,6 +168,7 @@ def config_values(snapshots: dict[str, Path], encoder: Path, tasks: dict[str, Pa
         ],
         "steps": 8,
         "lora": {"r": 4},
+        "keep": "best",
         "log_every": 2,
         "eval_every": 4,
         "checkpoint_every": 2,
