@@ -25,6 +25,8 @@ from trainer.read import SnapshotReader, Window
 
 logger = logging.getLogger(__name__)
 
+# What a bundle tells about a corpus. Split tables and file names may name persons; they stay at home.
+CORPUS_FACTS = ("title", "licence", "access", "citation", "mains_hz")
 COLUMNS = ["key", "split", "subject", "symbols", "stage", "classes"]
 
 
@@ -193,7 +195,8 @@ def describe_data(data: TaskData) -> dict[str, Any]:
     """Where a task's windows come from, as plain data: recipe, corpora, digests of snapshots and splits, counts."""
     corpora: dict[str, dict[str, Any]] = {}
     for snapshot in data.snapshots:
-        corpora |= snapshot.corpora
+        for name, facts in snapshot.corpora.items():
+            corpora[name] = {key: facts[key] for key in CORPUS_FACTS if facts.get(key)}
     return {
         "recipe": data.recipe,
         "corpora": corpora,

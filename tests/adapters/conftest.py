@@ -93,6 +93,7 @@ def write_snapshot(folder: Path, recipe: str, *, num_windows: int = 24) -> Path:
     snapshot = tiny._write_index(folder, corpus=recipe, entries=[entry], rows=rows)
     data = RECIPES[recipe].model_dump(mode="json")
     corpora = {recipe: {"id": recipe, "title": f"Tiny {recipe}", "licence": "CC0-1.0", "mains_hz": 50}}
+    corpora[recipe]["split"] = {"rule": "table", "table": {"Erika Mustermann": "train"}}
     snapshot = snapshot.model_copy(update={"recipe": data, "recipe_digest": digest(data), "corpora": corpora})
     snapshot = snapshot.model_copy(update={"digest": snapshot.content_digest()})
     (folder / SNAPSHOT_FILE).write_text(json.dumps(snapshot.model_dump(mode="json")))

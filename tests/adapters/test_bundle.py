@@ -63,6 +63,11 @@ def test_record_is_complete(bundle_dir):
     assert list(record.data["splits"]["train"]["symbols"]) == ["ecg:II", "eeg:C3-M2", "eeg:C4-M1"]
 
 
+def test_no_subject_of_a_corpus_file_gets_into_a_bundle(bundle_dir):
+    for name in read_manifest(bundle_dir).files:
+        assert b"Mustermann" not in (bundle_dir / name).read_bytes(), name
+
+
 def test_same_run_gives_the_same_bytes(adapted, bundle_dir, tmp_path):
     write_bundle(adapted, tmp_path / "again")
     assert (tmp_path / "again" / "bundle.json").read_bytes() == (bundle_dir / "bundle.json").read_bytes()
