@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -56,14 +57,29 @@ def _ray(num_cpus: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    ray.init(**options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data's own lines would tear the progress bar; its errors still come through."""
+    noisy = logging.getLogger("ray.data")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # Bounded restarts have no other way in than `ray_remote_args` in Ray 2.60.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        try:
+            yield
+        finally:
+            noisy.setLevel(level)
 
 
 @contextmanager
@@ -132,6 +148,6 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config))
         if todo:
-            with _ray(config.num_cpus), _watched(Progress(config.output, units, todo), progress):
+            with _ray(config.num_cpus), _quiet(), _watched(Progress(config.output, units, todo), progress):
                 _convert_units(config, todo)
         return finalise(config, units)
