@@ -16,6 +16,7 @@ LOSS = "#b5344c"
 GREY = "#c9d0d7"
 WIDTH = 10.0
 SPLITS = ("train", "val", "test")
+RETRIEVAL = "held-out retrieval top-1"
 
 
 def _bare(axes: Axes) -> None:
@@ -187,21 +188,31 @@ def draw_labels(by_split: Mapping[str, Counter[str]], order: Sequence[str], *, n
     return figure
 
 
+def _curves(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    """(title, colour, points) of each curve: the loss, one per task where there are several, and retrieval."""
+    tasks = sorted({task for row in rows if isinstance(row.get("loss"), Mapping) for task in row["loss"]})
+    curves = [
+        (f"training loss, {task}", BLUE, [(row["step"], row["loss"][task]) for row in rows if "loss" in row])
+        for task in tasks
+    ]
+    if not tasks:
+        curves.append(("training loss", BLUE, [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]))
+    retrieval = [(row["step"], row["eval_top1"]) for row in rows if row.get("eval_top1") is not None]
+    return [*curves, (RETRIEVAL, "#2b8a78", retrieval)] if retrieval else curves
+
+
 def draw_training(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss over steps and, where logged, the held-out top-1 over chance; last values stand at the curves' ends."""
-    curves = [("loss", "training loss", BLUE)]
-    if any("eval_top1" in row for row in rows):
-        curves.append(("eval_top1", "held-out retrieval top-1", "#2b8a78"))
+    curves = _curves(rows)
     figure = Figure(figsize=(WIDTH, 2.9), facecolor="white")
-    for number, (name, title, colour) in enumerate(curves):
+    for number, (title, colour, points) in enumerate(curves):
         axes = figure.add_subplot(1, len(curves), number + 1)
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
         axes.plot(steps, values, color=colour, linewidth=1.5, marker="o" if len(points) < 40 else "", markersize=3)
         axes.annotate(
             f" {values[-1]:.3g}", (steps[-1], values[-1]), color=colour, fontsize=9, va="center", fontweight="bold"
         )
-        chances = [(row["step"], row["eval_chance"]) for row in rows if name == "eval_top1" and "eval_chance" in row]
+        chances = [(row["step"], row["eval_chance"]) for row in rows if title == RETRIEVAL and "eval_chance" in row]
         if chances:
             axes.plot(*zip(*chances, strict=True), color=FAINT, linewidth=1, linestyle="--")
             axes.annotate(f" chance {chances[-1][1]:.3g}", chances[-1], color=FAINT, fontsize=9, va="center")

@@ -207,3 +207,9 @@ def test_training_curves_end_with_their_values(run):
     assert [text.get_text() for text in loss.texts] == [" 1"]
     assert [text.get_text() for text in top1.texts] == [" 0.25", " chance 0.0156"]
     assert len(draw_training(metrics_rows(run)[:1]).axes) == 1
+
+
+def test_a_run_of_several_tasks_has_a_curve_for_each() -> None:
+    rows = [{"step": step, "split": "train", "loss": {"a": 1.0, "b": 2.0}} for step in (1, 2)]
+    figure = draw_training([*rows, {"step": 2, "split": "val", "metrics": {}}])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["training loss, a", "training loss, b"]
