@@ -6,6 +6,7 @@ import torch
 
 from adapters import train
 from adapters.checkpoint import copy_trainable, folder
+from adapters.evaluate import evaluate
 from adapters.train import adapt, rate_factor
 from manifests.errors import ConfigError
 from trainer.export import load_encoder
@@ -95,6 +96,21 @@ def test_run_folder_of_another_configuration_is_refused(make_config):
     adapt(make_config(steps=4))
     with pytest.raises(ConfigError, match="choose another run_dir"):
         adapt(make_config(steps=4, seed=1))
+
+
+def test_unfinished_run_of_another_configuration_is_refused(make_config):
+    config = make_config(steps=4)
+    adapt(config)
+    (Path(config.run_dir) / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"step-0000004\.json: belongs to another configuration"):
+        adapt(make_config(steps=4, seed=1))
+
+
+def test_evaluation_is_without_dropout(adapted, make_config):
+    config = make_config()
+    adapted.model.train()
+    evaluate(adapted.model, train._load_data(config), split="val", limit=10)
+    assert not any(module.training for module in adapted.model.modules())
 
 
 def test_label_without_training_windows_is_refused(make_config, snapshots, task_files):
