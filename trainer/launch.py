@@ -77,6 +77,9 @@ def launch(config: PretrainConfig) -> PretrainResult:
 def train_on_worker(plain: dict[str, Any]) -> None:
     """What each Ray worker runs; `plain["config"]` is a PretrainConfig as plain data."""
     config = PretrainConfig.model_validate(plain["config"])
+    for name in list(logging.root.manager.loggerDict):
+        if "ray/train" in name:  # the logger that writes a line for every report is named after its file
+            logging.getLogger(name).setLevel(logging.WARNING)
     folder = Path(config.run_dir) / WORKERS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f"rank-{rank()}.pid"
@@ -110,6 +113,7 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
     if address:
         ray.init(address=address)
     else:
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody gives notice of taking this machine away
         num_cpus = int(config.num_workers * config.ray.cpus_per_worker) + 1  # one for the controller
         ray.init(
             num_cpus=num_cpus,
