@@ -164,13 +164,12 @@ def _wfdb_file(recording: Recording, path: Path, *, epoch_s: int) -> Sequence[An
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise RecordingError("ANNOTATION_INVALID", f"{path}: not a WFDB annotation file: {error}") from error
     rate = Fraction(str(found.fs)).limit_denominator(1_000_000) if found.fs else recording.channels[0].rate
-    texts = [
-        (note or "").strip(" \0") or symbol
-        for note, symbol in zip(found.aux_note or [], found.symbol or [], strict=True)
-    ]
+    notes = [(note or "").strip(" \0") for note in found.aux_note or []]
+    # CPSC 2021 writes Python's None as the text of a beat without a note.
+    texts = [symbol if note in {"", "None"} else note for note, symbol in zip(notes, found.symbol or [], strict=True)]
     onsets = [int(sample) / rate for sample in found.sample]
     rhythms = [onset for onset, text in zip(onsets, texts, strict=True) if text.startswith("(")]
-    ends = dict(zip(rhythms, [*rhythms[1:], _end(recording)], strict=True))
+    ends = dict(zip(rhythms, [*rhythms, _end(recording)][1:], strict=True))
     return [
         Annotation(onset=onset, duration=ends[onset] - onset if text.startswith("(") else Fraction(epoch_s), text=text)
         for onset, text in zip(onsets, texts, strict=True)

@@ -181,3 +181,13 @@ def test_events_of_a_window_are_those_that_touch_it(pairs, start, window_s):
         event = events[int(text)]
         assert start + onset == max(start, event.onset)
         assert start + onset + duration == min(stop, event.onset + event.duration)
+
+
+@pytest.mark.parametrize(("record", "num_rhythms"), [("data_21_7", 0), ("data_84_1", 2), ("data_101_6", 8)])
+def test_records_without_rhythm_marks_and_with_empty_notes(shared_data: Path, record: str, num_rhythms: int) -> None:
+    corpus = load_corpus("cpsc2021_af")
+    path = shared_data / "cpsc2021_af" / f"{record}.hea"
+    recording = read_header(path, corpus.reader, corpus.layout)
+    found = read_labels(recording, corpus, subject=record.split("_")[1])
+    assert len(found.events) == num_rhythms
+    assert not found.unmapped
