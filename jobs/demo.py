@@ -99,6 +99,8 @@ def run_demo(out: Path, *, data: Path | None = None) -> None:
             address="local",
             num_cpus=4,  # logical: two workers or actors, Ray Train's controller, one spare
             include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             runtime_env={"worker_process_setup_hook": set_up_logging},
         )

@@ -34,11 +34,11 @@ from trainer.fragments import (
     Fragment,
     begin_load,
     end_load,
-    gathered,
     held_fragments,
     parameter_shapes,
     untrained_tensors,
 )
+from trainer.zero import gathered
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,14 @@ trip in tests/trainer/test_checkpoint.py is the alarm for upgrades.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
 from trainer.collectives import rank, world_size
+from trainer.zero import gathered
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -140,10 +139,3 @@ def untrained_tensors(model: Any) -> dict[str, torch.Tensor]:
         tensors = {name: parameter.detach().clone() for name, parameter in frozen.items()}
     state = model.module.state_dict()
     return tensors | {name: t for name, t in state.items() if name not in trained and name not in frozen}
-
-
-def gathered(model: Any, parameters: list[nn.Parameter], *, is_written: bool = False) -> Any:
-    """Context in which `parameters` are whole; `is_written` sends rank 0's values to all when it ends."""
-    if model.zero_optimization_stage() < 3 or not parameters:
-        return nullcontext()
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if is_written else None)

@@ -2,11 +2,14 @@
 
 Our own checkpoints in `run_dir` are the truth. Nothing that Ray stores is ever read back: a run name is used once,
 because one truncated file of Ray's would keep a named run from starting for ever, and Ray never falls back to an
-older checkpoint. To stop a run gracefully make the file `run_dir/STOP`.
+older checkpoint. What a person sees comes from `metrics.jsonl` and not through Ray's log, which mixes it with its
+own. Ctrl-C, like the file `run_dir/STOP`, ends a run after the current step with a checkpoint; twice, at once.
 """
 
 import logging
 import os
+import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -24,11 +27,13 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from manifests.errors import ConfigError, ContractError
 from trainer.collectives import rank
 from trainer.config import PretrainConfig
-from trainer.loop import PretrainResult, check_run, pretrain, read_result
+from trainer.loop import STOP_FILE, PretrainResult, check_run, pretrain, read_result
+from trainer.metrics import describe, read_metrics
 
 logger = logging.getLogger(__name__)
 
 WORKERS_FOLDER = "workers"
+POLL_S = 0.5
 OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray
 
 
@@ -64,7 +69,7 @@ def launch(config: PretrainConfig) -> PretrainResult:
     )
     with _cluster(config):
         try:
-            trainer.fit()
+            _fit(trainer, config)
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "cause", None) or failure
@@ -72,6 +77,48 @@ def launch(config: PretrainConfig) -> PretrainResult:
                     raise type(cause)(str(cause)) from error
             raise
     return read_result(config)
+
+
+def _fit(trainer: TorchTrainer, config: PretrainConfig) -> None:
+    """Run the trainer in a thread, show new rows of metrics.jsonl here, and turn Ctrl-C into a graceful stop.
+
+    In the main thread Ray's own handler would end the workers at once, without a checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    stop_file = run_dir / STOP_FILE
+    stop_file.unlink(missing_ok=True)  # of an earlier start
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 (raised again in the main thread)
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    shown = time.time()
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(POLL_S)
+            shown = _show_rows(run_dir, config, since=shown)
+        except KeyboardInterrupt:
+            if stop_file.exists():
+                raise
+            stop_file.touch()
+            logger.warning("stopping after this step, with a checkpoint; Ctrl-C again aborts at once")
+    _show_rows(run_dir, config, since=shown)
+    if failures:
+        raise failures[0]
+
+
+def _show_rows(run_dir: Path, config: PretrainConfig, *, since: float) -> float:
+    """Log the rows written after `since` (Unix time in s); the time of the newest."""
+    for row in read_metrics(run_dir):
+        if row["time"] > since:
+            logger.info(describe(row, steps=config.steps))
+            since = row["time"]
+    return since
 
 
 def train_on_worker(plain: dict[str, Any]) -> None:
@@ -111,13 +158,16 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
         return
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address)
+        ray.init(address=address, log_to_driver=False)
     else:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody gives notice of taking this machine away
         num_cpus = int(config.num_workers * config.ray.cpus_per_worker) + 1  # one for the controller
         ray.init(
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             runtime_env={"worker_process_setup_hook": set_up_logging},
         )

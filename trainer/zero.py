@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -153,3 +154,10 @@ def train_step(model: Any, batches: Sequence[Any]) -> tuple[dict[str, torch.Tens
         norm = model.get_global_grad_norm()
     means = {name: value / len(batches) for name, value in sums.items()}
     return means, None if norm is None else float(norm)
+
+
+def gathered(model: Any, parameters: list[nn.Parameter], *, is_written: bool = False) -> Any:
+    """Context in which `parameters` are whole; `is_written` sends rank 0's values to all when it ends."""
+    if model.zero_optimization_stage() < 3 or not parameters:
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if is_written else None)
