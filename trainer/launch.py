@@ -94,13 +94,16 @@ def _fit(trainer: TorchTrainer, config: PretrainConfig) -> None:
             trainer.fit()
         except BaseException as error:  # noqa: BLE001 (raised again in the main thread)
             failures.append(error)
+        finally:
+            is_done.set()
 
-    thread = threading.Thread(target=fit, daemon=True)
+    # An event, not Thread.join: until Python 3.13 an interrupted join takes the thread for ended.
+    is_done = threading.Event()
     shown = time.time()
-    thread.start()
-    while thread.is_alive():
+    threading.Thread(target=fit, daemon=True).start()
+    while not is_done.is_set():
         try:
-            thread.join(POLL_S)
+            is_done.wait(POLL_S)
             shown = _show_rows(run_dir, config, since=shown)
         except KeyboardInterrupt:
             if stop_file.exists():
