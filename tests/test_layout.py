@@ -157,3 +157,10 @@ def test_the_trainer_loads_without_ray() -> None:
     code = f"import sys\nsys.modules['ray'] = None\nfor name in {names!r}: __import__(name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_readme_has_a_line_for_every_module() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    paths = [path.relative_to(REPOSITORY) for path in MODULES.values() if path.name != "__init__.py"]
+    missing = [str(path) for path in paths if f"\n  {Path(*path.parts[1:])} " not in readme]
+    assert not missing
