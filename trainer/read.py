@@ -8,8 +8,8 @@ order of all others stays the same.
 import json
 import logging
 import os
-import sys
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 MAX_OPEN_SHARDS = 128
-# References to a free buffer while it is looked at: the list, the loop variable, the argument of getrefcount.
-FREE_REFERENCES = 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,22 +48,24 @@ class Window:
 
 
 class _Buffers:
-    """Byte buffers used again once no window refers to them; a fresh one costs a page fault every 4 KiB."""
+    """Byte buffers used again once nothing refers to what was lent; a fresh one costs a page fault every 4 KiB.
+
+    What is lent is a view; every window's array keeps it alive through its memoryview. Once the view's weak
+    reference is dead, the memory below it is free.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._buffers: list[np.ndarray] = []
+        self._lent: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
         self._limit = limit
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> np.ndarray:
         with self._lock:
-            for buffer in self._buffers:
-                # Every view of a buffer holds one more reference, so this one is free.
-                if buffer.nbytes >= num_bytes and sys.getrefcount(buffer) <= FREE_REFERENCES:
-                    return buffer
-            fresh = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
-            self._buffers = [*self._buffers, fresh][-self._limit :]
-            return fresh
+            free = [n for n, (memory, view) in enumerate(self._lent) if view() is None and memory.nbytes >= num_bytes]
+            memory = self._lent.pop(free[0])[0] if free else np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
+            view = memory[:num_bytes]
+            self._lent = [*self._lent, (memory, weakref.ref(view))][-self._limit :]
+            return view
 
 
 class _Shards:
