@@ -10,6 +10,7 @@ from manifests.config import load_config
 
 if TYPE_CHECKING:
     from engine.config import ConvertConfig
+    from engine.finalise import ConvertResult
 
 ConfigPath = typer.Argument(help="YAML of the run.", metavar="CONFIG")
 Overrides = typer.Argument(None, help="key=value, e.g. num_cpus=8", metavar="[KEY=VALUE]...")
@@ -103,12 +104,11 @@ def convert(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None
     """
     from engine.config import ConvertConfig
 
-    code = run_conversion(load_config(ConvertConfig, config, overrides or ()))
-    raise typer.Exit(code)
+    raise typer.Exit(int(run_conversion(load_config(ConvertConfig, config, overrides or ())).exit_code))
 
 
-def run_conversion(settings: "ConvertConfig") -> int:
-    """Exit code of a conversion, shown with a progress bar and a closing table."""
+def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
+    """Result of a conversion, shown with a progress bar and a closing table."""
     from engine import pipeline
 
     bar = hours_progress()
@@ -138,7 +138,7 @@ def run_conversion(settings: "ConvertConfig") -> int:
         console.print("[red]quarantine over budget: no snapshot.[/] Mend the files, or raise quarantine_budget.")
     else:
         console.print(f"snapshot {result.snapshot.digest[:16]}. Next: kymo report {settings.output}")
-    return int(result.exit_code)
+    return result
 
 
 def status(folder: Path = SnapshotDir) -> None:

@@ -181,11 +181,11 @@ def _scan(config: ConvertConfig) -> None:
 def _convert(name: str, config: Path, plan: Plan, out: Path, ledger: Ledger) -> None:
     folder = out / "shards" / name
     settings = load_config(ConvertConfig, config, [f"output={folder}", *_roots(config, plan)])
-    code = run_conversion(settings)
+    result = run_conversion(settings)
     found = verify(folder, deep=True)
     if not found.is_sound:
         raise ContractError(f"{folder}: {'; '.join(found.problems)}")
-    quarantine = ", some recordings quarantined" if code else ""
+    quarantine = f", {result.counts['quarantined']} recordings quarantined" if result.quarantine else ""
     ledger.note(
         f"shards {name}", f"{found.samples:,} windows, {found.num_bytes / 1e6:.0f} MB, verified{quarantine}", folder
     )
@@ -267,7 +267,7 @@ def _predict(plan: Plan, out: Path, ledger: Ledger) -> None:
         write_csv(csv, found.predictions)
         write_annotations(csv.with_suffix(".edf"), annotation_rows(found.predictions))
         labels = sorted({item.label for item in found.predictions})
-        ledger.note(f"predict {path.name}", f"{len(found.predictions)} windows: {', '.join(labels)}", csv)
+        ledger.note(f"predict {path.name}", f"{len(found.predictions)} windows; {', '.join(labels)}", csv)
 
 
 def _report(plan: Plan, out: Path, ledger: Ledger) -> None:

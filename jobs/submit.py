@@ -17,23 +17,28 @@ EXCLUDES = [".git/", ".venv/", "demo/", "runs/", "shared/", "*.tar", "*.edf"]
 def connect(address: str) -> JobSubmissionClient:
     """Client of a cluster's job server.
 
-    Ray 2.60 clusters ask for a token by default, and the client sends one only in token mode.
+    Ray 2.60 clusters ask for a token by default. Ray's own client sends one only when RAY_AUTH_MODE=token stood in
+    the environment before ray was imported, so the header is given here.
 
     Raises:
         ConfigError: Nobody answers at the address, or the token is refused.
     """
-    has_token = (
-        "RAY_AUTH_TOKEN" in os.environ
-        or Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists()
-    )
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    token = read_token()
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         raise ConfigError(
             f"{address}: no job server answers ({str(error).splitlines()[0]}); give the dashboard's address, "
-            "e.g. http://127.0.0.1:8265, and for a remote cluster its token in RAY_AUTH_TOKEN"
+            "e.g. http://127.0.0.1:8265, and for a cluster with authentication its token in RAY_AUTH_TOKEN"
         ) from None
+
+
+def read_token() -> str:
+    """Token of the cluster from where Ray keeps it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; or none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def submit(

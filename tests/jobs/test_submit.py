@@ -47,7 +47,6 @@ def address() -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="kr", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", token)
         patch.delenv("RAY_ADDRESS", raising=False)
         command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
@@ -55,7 +54,8 @@ def address() -> Iterator[str]:
         command += [f"--temp-dir={folder}", "--num-cpus=1", "--disable-usage-stats", "--include-dashboard=true"]
         log = Path(folder) / "head.log"
         with log.open("wb") as file:
-            head = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file)
+            environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+            head = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment)
         try:
             url = f"http://127.0.0.1:{dashboard}"
             deadline = time.monotonic() + 90
@@ -90,7 +90,12 @@ def test_a_submitted_verb_runs_on_the_cluster_and_its_exit_code_comes_back(addre
     assert submit.exit_code(client, job) == 2
 
 
-def test_nobody_at_the_address_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
+def test_a_wrong_token_is_said_clearly(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN"):
+        submit.connect(address)
+
+
+def test_nobody_at_the_address_is_said_clearly() -> None:
     with pytest.raises(ConfigError, match="no job server answers"):
         submit.connect(f"http://127.0.0.1:{_free_port()}")
