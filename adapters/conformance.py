@@ -110,14 +110,7 @@ def _noise_tag(symbol: str, rate_hz: int) -> dict[str, Any]:
     if not isinstance(tag, ChannelTag):
         raise ContractError(f"channel {symbol!r} of the training data does not resolve: {tag.reason}")
     return {
-        "symbol": tag.symbol,
-        "kind": tag.kind,
-        "anode": tag.anode,
-        "cathode": tag.cathode,
-        "anode_id": tag.anode_id,
-        "cathode_id": tag.cathode_id,
-        "role": "signal",
-        "unit": tag.unit,
+        **tag.record(),
         "scale": SCALE,
         "rate": [rate_hz, 1],
         "mean": 0.0,

@@ -1,16 +1,14 @@
 """What a task is: labels, the raw labels they come from, channels, view and loss. One YAML each in `tasks/`."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import KINDS
-from manifests.config import load_config
+from manifests.config import load_shipped, shipped_names
 from manifests.corpora import STAGES
-from manifests.errors import ConfigError
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 
@@ -100,10 +98,9 @@ class Task(BaseModel):
         return self
 
 
-@cache
 def task_names() -> tuple[str, ...]:
     """Ids of the tasks that ship with kymo, sorted."""
-    return tuple(sorted(path.stem for path in TASKS_DIR.glob("*.yaml")))
+    return shipped_names(TASKS_DIR)
 
 
 def load_task(name_or_path: str | Path) -> Task:
@@ -112,18 +109,7 @@ def load_task(name_or_path: str | Path) -> Task:
     Raises:
         ConfigError: No such task, or a file that breaks the schema.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".yaml":
-        path = TASKS_DIR / f"{name_or_path}.yaml"
-        if not path.exists():
-            raise ConfigError(
-                f"task {str(name_or_path)!r}: not shipped; known: {', '.join(task_names())}; "
-                "or give the path of a YAML file"
-            )
-    task = load_config(Task, path)
-    if path.parent == TASKS_DIR and task.id != path.stem:
-        raise ConfigError(f"{path}: id {task.id!r} differs from the file's name")
-    return task
+    return load_shipped(Task, TASKS_DIR, name_or_path, noun="task")
 
 
 def window_labels(task: Task, *, stage: str | None, classes: Sequence[str]) -> frozenset[str]:

@@ -7,9 +7,9 @@ A channel is a pair of sites, anode minus cathode, and its symbol says so: `eeg:
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -90,6 +90,10 @@ class ChannelTag:
     def cathode_id(self) -> int:
         """Embedding row of the cathode, 0 where the label names none."""
         return site(self.cathode).id if self.cathode else 0
+
+    def record(self) -> dict[str, Any]:
+        """What a sample's JSON says about the channel itself, beside its signal."""
+        return {"symbol": self.symbol, "anode_id": self.anode_id, "cathode_id": self.cathode_id, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

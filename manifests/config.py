@@ -183,6 +183,37 @@ def load_config(model: type[ConfigT], path: Path | str, overrides: Sequence[str]
     return validate(model, apply_overrides(read_yaml(path), overrides), where=str(path))
 
 
+def shipped_names(folder: Path) -> tuple[str, ...]:
+    """Names of the YAML files that ship in a folder, sorted."""
+    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def load_shipped(model: type[ConfigT], folder: Path, name_or_path: str | Path, *, noun: str) -> ConfigT:
+    """Configuration by the name of a file that ships in `folder`, or by the path of one's own YAML.
+
+    Args:
+        model: Has a field `id`, which in a shipped file equals the file's name.
+        folder: Folder of the shipped files.
+        name_or_path: Anything that does not end in `.yaml` is a name.
+        noun: What it is, for errors.
+
+    Raises:
+        ConfigError: Nothing of that name, or a file that breaks the schema.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        path = folder / f"{name_or_path}.yaml"
+        if not path.exists():
+            known = ", ".join(shipped_names(folder))
+            raise ConfigError(
+                f"{noun} {str(name_or_path)!r}: not shipped; known: {known}; or give the path of a YAML file"
+            )
+    loaded = load_config(model, path)
+    if path.parent == folder and getattr(loaded, "id", None) != path.stem:
+        raise ConfigError(f"{path}: id {getattr(loaded, 'id', None)!r} differs from the file's name")
+    return loaded
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of plain data as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

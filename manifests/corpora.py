@@ -2,14 +2,13 @@
 
 import hashlib
 import re
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import Unresolved, resolve
-from manifests.config import load_config
+from manifests.config import load_shipped, shipped_names
 from manifests.errors import ConfigError
 
 CORPORA_DIR = Path(__file__).resolve().parent / "corpora"
@@ -135,10 +134,9 @@ class Corpus(_Strict):
         return value
 
 
-@cache
 def corpus_names() -> tuple[str, ...]:
     """Ids of the corpora that ship with kymo, sorted."""
-    return tuple(sorted(path.stem for path in CORPORA_DIR.glob("*.yaml")))
+    return shipped_names(CORPORA_DIR)
 
 
 def load_corpus(name_or_path: str | Path) -> Corpus:
@@ -147,18 +145,7 @@ def load_corpus(name_or_path: str | Path) -> Corpus:
     Raises:
         ConfigError: No such corpus, or a file that breaks the schema.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".yaml":
-        path = CORPORA_DIR / f"{name_or_path}.yaml"
-        if not path.exists():
-            raise ConfigError(
-                f"corpus {str(name_or_path)!r}: not shipped; known: {', '.join(corpus_names())}; "
-                "or give the path of a YAML file"
-            )
-    corpus = load_config(Corpus, path)
-    if path.parent == CORPORA_DIR and corpus.id != path.stem:
-        raise ConfigError(f"{path}: id {corpus.id!r} differs from the file's name")
-    return corpus
+    return load_shipped(Corpus, CORPORA_DIR, name_or_path, noun="corpus")
 
 
 def subject_hash(corpus: Corpus, subject: str) -> str:

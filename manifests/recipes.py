@@ -1,14 +1,12 @@
 """What conversion bakes into a shard: rate and band per kind, window, labels. One YAML each in `recipes/`."""
 
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import KINDS
-from manifests.config import load_config
-from manifests.errors import ConfigError
+from manifests.config import load_shipped, shipped_names
 
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
 
@@ -63,10 +61,9 @@ class Recipe(_Strict):
         return value
 
 
-@cache
 def recipe_names() -> tuple[str, ...]:
     """Ids of the recipes that ship with kymo, sorted."""
-    return tuple(sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
+    return shipped_names(RECIPES_DIR)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -75,12 +72,4 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     Raises:
         ConfigError: No such recipe, or a file that breaks the schema.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".yaml":
-        path = RECIPES_DIR / f"{name_or_path}.yaml"
-        if not path.exists():
-            raise ConfigError(f"recipe {str(name_or_path)!r}: not shipped; known: {', '.join(recipe_names())}")
-    recipe = load_config(Recipe, path)
-    if path.parent == RECIPES_DIR and recipe.id != path.stem:
-        raise ConfigError(f"{path}: id {recipe.id!r} differs from the file's name")
-    return recipe
+    return load_shipped(Recipe, RECIPES_DIR, name_or_path, noun="recipe")

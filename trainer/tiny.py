@@ -126,22 +126,12 @@ def _tag(label: str, row: int, *, rate_hz: int) -> dict[str, Any]:
     if not isinstance(tag, ChannelTag):
         raise ValueError(f"{label!r} does not resolve: {tag.reason}")
     return {
-        "symbol": tag.symbol,
-        "kind": tag.kind,
-        "anode": tag.anode,
-        "cathode": tag.cathode,
-        "anode_id": tag.anode_id,
-        "cathode_id": tag.cathode_id,
-        "role": "signal",
-        "unit": tag.unit,
+        **tag.record(),
         "scale": SCALE,
         "rate": [rate_hz, 1],
         "native_rate": [rate_hz, 1],
         "prefilter": "",
-        "polarity": "as_recorded",
-        "source_label": label,
         "source_index": row,
-        "rule": tag.rule,
         "mean": 0.0,
         "sd": 0.77,
         "median": 0.0,
