@@ -59,6 +59,8 @@ def _ray(num_cpus: int | None) -> Iterator[None]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
+        # Ray's C++ side writes a line about `max_restarts` across the progress bar.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     ray.init(**options)
     try:

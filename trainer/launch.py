@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from trainer.collectives import rank
 from trainer.config import PretrainConfig
 from trainer.loop import STOP_FILE, PretrainResult, check_run, pretrain, read_result
 from trainer.metrics import describe, read_metrics
+from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +138,6 @@ def train_on_worker(plain: dict[str, Any]) -> None:
         pretrain(config, report=ray.train.report)
     finally:
         mark.unlink(missing_ok=True)
-
-
-def set_up_logging() -> None:
-    """Let our lines through, and not what Ray says every half second because its dashboard is off."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
