@@ -34,7 +34,7 @@ from engine.sandbox import Job, Sandbox
 from engine.scan import ScanResult, load_sources, scan
 from engine.shardwriter import Spooled, write_shards
 from engine.windows import recording_id
-from manifests.config import code_digest
+from manifests.config import code_digest, start_run
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe, load_recipe
@@ -207,7 +207,8 @@ def convert_unit(
 
 
 def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
-    """Scan and plan of a conversion; `plan.jsonl` is brought up to date and leftovers are removed."""
+    """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
+    start_run(config.output, config)
     result = scan(config.sources)
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
         patterns = ", ".join(result.corpora[name].files)

@@ -267,7 +267,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def start_run(run_dir: Path | str, config: BaseModel) -> None:
-    """Write the resolved `config.yaml` and `version.json` into a run folder, before anything else."""
-    run_dir = Path(run_dir)
-    write_atomically(run_dir / "config.yaml", dump_yaml(config.model_dump(mode="json")))
-    write_atomically(run_dir / "version.json", json.dumps(code_version(), indent=2) + "\n")
+    """Write the resolved `config.yaml` and `version.json` into a run folder, before anything else.
+
+    A file that says the same already is left alone, so that a rerun with nothing to do touches nothing.
+    """
+    header = {
+        "config.yaml": dump_yaml(config.model_dump(mode="json")),
+        "version.json": json.dumps(code_version(), indent=2) + "\n",
+    }
+    for name, text in header.items():
+        path = Path(run_dir) / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)

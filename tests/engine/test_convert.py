@@ -17,7 +17,7 @@ from engine.config import ConvertConfig, Source
 from engine.convert import Context, ProgressRow, convert_all, convert_unit, limits_of, prepare
 from engine.finalise import ExitCode
 from engine.plan import read_plan
-from manifests.config import dump_yaml
+from manifests.config import dump_yaml, read_yaml
 from manifests.corpora import load_corpus
 from manifests.errors import ConfigError
 from manifests.shards import SAMPLES_FILE, SNAPSHOT_FILE, load_snapshot
@@ -25,12 +25,18 @@ from manifests.shards import SAMPLES_FILE, SNAPSHOT_FILE, load_snapshot
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+HEADER = ("config.yaml", "version.json")
+
+
 def content(output: Path) -> dict[str, bytes]:
-    """Every file that a reader may see, and the commits without the time that they took."""
+    """Every file that a reader may see, the commits without the time that they took, but for the run's header.
+
+    `config.yaml` names the output folder and the number of CPUs, which are what differs between the runs.
+    """
     files = {
         path.relative_to(output).as_posix(): path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.parent.name != "progress" and path.name != SNAPSHOT_FILE
+        if path.is_file() and path.parent.name != "progress" and path.name not in {SNAPSHOT_FILE, *HEADER}
     }
     for name in [name for name in files if name.startswith("commits/commit-")]:
         commit = json.loads(files[name])
@@ -69,6 +75,7 @@ def test_commits_account_for_every_recording(converted: ConvertConfig) -> None:
 
 
 def test_rerun_converts_nothing_and_touches_nothing(converted: ConvertConfig) -> None:
+    prepare(converted)  # the fixture's copy lies in a folder of another name, which the header now says
     before = {path: path.stat().st_ctime_ns for path in converted.output.rglob("*") if path.name != ".lock"}
     files = {path: mark for path, mark in before.items() if path.is_file() and path.name != "plan.jsonl"}
     _, units = prepare(converted)
@@ -274,3 +281,8 @@ def test_real_recordings_of_several_corpora_share_a_snapshot(shared_data: Path, 
     assert result.snapshot is not None
     assert set(result.snapshot.corpora) == set(sources)
     assert all(entry["windows"] > 0 for entry in result.snapshot.corpora.values())
+
+
+def test_the_output_starts_with_the_resolved_configuration(converted: ConvertConfig) -> None:
+    assert read_yaml(converted.output / "config.yaml")["recipe"] == converted.recipe
+    assert json.loads((converted.output / "version.json").read_text())["code_digest"]
