@@ -28,6 +28,11 @@ KNOWN_REASONS = ("excluded by corpus", "role ", "uncalibrated")
 _EDGE_BYTES = 1 << 16  # of each end of a file, and of blocks between, that an identity covers
 _NUM_BLOCKS = 8
 
+# A bank letter and a number, as amplifiers count their inputs; and those of them that no 10-20 site is called.
+_INPUT = re.compile(r"[A-H]\d{1,3}")
+_NO_SITE = re.compile(r"[AE](?:[3-9]|\d{2,3})|[BDGH]\d{1,2}")
+_MIN_NUMBERED = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanChannel:
@@ -244,15 +249,25 @@ def session_hash(corpus: Corpus, subject: str, session: str) -> str:
     return subject_hash(corpus, f"{subject}/{session}")[:8] if session else ""
 
 
+def has_numbered_inputs(labels: Iterable[str]) -> bool:
+    """Whether labels are a BioSemi (A1…A32, B1…) or EGI (E1…E128) numbering, in which A1, C3 or E1 is no site."""
+    return sum(_NO_SITE.fullmatch(label.strip()) is not None for label in labels) >= _MIN_NUMBERED
+
+
 def resolve_channels(
     recording: Recording, corpus: Corpus | None
 ) -> tuple[list[tuple[Channel, ChannelTag]], list[Unresolved]]:
     """Channels that are signals with their tags, in file order, and those that are not with the reason."""
     found: list[tuple[Channel, ChannelTag]] = []
     missed: list[Unresolved] = []
+    declared = corpus.channels if corpus else {}
+    numbered = has_numbered_inputs([channel.label for channel in recording.channels])
     for channel in recording.channels:
-        tag = resolve(channel.label, corpus.channels if corpus else None)
-        if isinstance(tag, Unresolved):
+        tag = resolve(channel.label, declared)
+        if numbered and channel.label not in declared and _INPUT.fullmatch(channel.label.strip()):
+            reason = "a numbered input of an amplifier, not a 10-20 site; name its electrode in a corpus file"
+            missed.append(Unresolved(label=channel.label, reason=reason))
+        elif isinstance(tag, Unresolved):
             missed.append(tag)
         elif tag.role != "signal":
             missed.append(Unresolved(label=channel.label, reason=f"role {tag.role}"))

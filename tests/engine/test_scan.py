@@ -1,9 +1,11 @@
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from engine.config import ConvertConfig, Source
-from engine.scan import companions, corpus_files, identity_of, scan, scan_folder, subject_of
+from engine.recording import Channel, Recording, Segment
+from engine.scan import companions, corpus_files, identity_of, resolve_channels, scan, scan_folder, subject_of
 from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError
 
@@ -82,3 +84,28 @@ def test_a_missing_root_is_refused(tmp_path: Path) -> None:
 def test_excluded_files_are_not_scanned(tiny_root: Path) -> None:
     corpus = corpus_with(exclude=["psg/sub-001/*"])
     assert len(corpus_files(corpus, tiny_root)) == len(corpus_files(load_corpus("synthetic_psg"), tiny_root)) - 1
+
+
+def _named(*labels: str) -> Recording:
+    channels = [
+        Channel(index=n, label=label, rate=Fraction(256), unit="uV", prefilter="", num_samples=256)
+        for n, label in enumerate(labels)
+    ]
+    whole = Segment(start=Fraction(0), duration=Fraction(1))
+    return Recording(path=Path("x.bdf"), channels=tuple(channels), segments=(whole,))
+
+
+def test_numbered_amplifier_inputs_are_not_taken_for_ears_eyes_or_scalp_sites() -> None:
+    biosemi = _named("A1", "A2", "A3", "A4", "B1", "B2", "C3", "Fz")
+    found, missed = resolve_channels(biosemi, None)
+    assert [tag.symbol for _, tag in found] == ["eeg:Fz"]
+    assert {item.label for item in missed} == {"A1", "A2", "A3", "A4", "B1", "B2", "C3"}
+
+    found, _ = resolve_channels(_named("E1", "E2", "C3", "C4", "A1", "A2"), None)
+    assert [tag.symbol for _, tag in found] == ["eog:E1", "eog:E2", "eeg:C3", "eeg:C4"]
+
+
+def test_numbered_inputs_that_a_corpus_names_are_kept() -> None:
+    corpus = load_corpus("synthetic_psg").model_copy(update={"channels": {"A1": "eeg:Fp1"}})
+    found, _ = resolve_channels(_named("A1", "A3", "A4", "B1"), corpus)
+    assert [tag.symbol for _, tag in found] == ["eeg:Fp1"]
