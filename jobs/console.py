@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -48,3 +49,5 @@ def set_up_logging(*, verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for package in ("adapters", "engine", "jobs", "manifests", "trainer"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+    # DeepSpeed calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -20,6 +20,7 @@ def pretrain(
 
     Example: kymo pretrain jobs/configs/pretrain_sleep.yaml steps=1000 num_workers=2
     """
+    from trainer.collectives import rank
     from trainer.config import PretrainConfig
 
     settings = load_config(PretrainConfig, config, overrides or ())
@@ -28,6 +29,8 @@ def pretrain(
     else:
         from trainer.loop import pretrain as train
     result = train(settings)
+    if rank() != 0:
+        return  # under torchrun one rank speaks for all
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     console.print(f"step {result.step} of {settings.steps}{loss}; encoder: {result.encoder}", soft_wrap=True)
     if result.evaluation:
