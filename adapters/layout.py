@@ -22,7 +22,7 @@ from safetensors.torch import load
 
 from adapters.config import LoraSpec
 from adapters.tasks import Task, TaskId
-from manifests.errors import ContractError
+from manifests.errors import ConfigError, ContractError
 from manifests.recipes import Recipe
 
 FORMAT = "kymo-bundle"
@@ -109,9 +109,12 @@ def read_manifest(path: Path | str) -> Manifest:
     """Manifest of a bundle folder, its list of files checked against the allow-list.
 
     Raises:
-        ContractError: It is missing, of another format or version, or lists other files than a bundle has.
+        ConfigError: There is no bundle in the folder.
+        ContractError: It is of another format or version, or lists other files than a bundle has.
     """
     file = Path(path) / MANIFEST_FILE
+    if not file.is_file():
+        raise ConfigError(f"{path}: no {MANIFEST_FILE}; give a folder that kymo adapt --bundle has written")
     manifest = _parse(Manifest, file, _content(file))
     if manifest.format != FORMAT or manifest.schema_version != SCHEMA_VERSION:
         raise ContractError(
@@ -143,9 +146,9 @@ def verify_bundle(path: Path | str, tasks: Sequence[str] | None = None) -> Manif
 
 
 def chosen_tasks(manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:
-    """Tasks to load, in the order of the manifest; ContractError when the bundle lacks one."""
+    """Tasks to load, in the order of the manifest; ConfigError when the bundle lacks one."""
     if unknown := [name for name in tasks or () if name not in manifest.tasks]:
-        raise ContractError(f"bundle has no task {unknown[0]!r}; it has {', '.join(manifest.tasks)}")
+        raise ConfigError(f"bundle has no task {unknown[0]!r}; it has {', '.join(manifest.tasks)}")
     return [name for name in manifest.tasks if tasks is None or name in tasks]
 
 

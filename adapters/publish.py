@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -154,3 +155,5 @@ def _explained(doing: str) -> Iterator[None]:
         raise ConfigError(f"{doing}: the hub answers {status} ({said}); {hint}") from error
     except HFValidationError as error:
         raise ConfigError(f"{doing}: {error}") from error
+    except httpx2.HTTPError as error:
+        raise ConfigError(f"{doing}: no answer from the hub ({error}); look at the network and --endpoint") from error

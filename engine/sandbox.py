@@ -45,6 +45,8 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _PAGE_BYTES = resource.getpagesize()
 _MESSAGE_CHARACTERS = 2000
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk's fault, not the recording's
+_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_GRACE_S = 3.0
 _STOPS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "ContractError": ContractError, "OSError": OSError}
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a converting process has one core
 
@@ -176,6 +178,10 @@ def guarded(job: Job, convert: Callable[[Job], dict[str, Any]] = convert_recordi
     return {"error": [reason, message[:_MESSAGE_CHARACTERS]]}
 
 
+class _KilledFromOutsideError(Exception):
+    """The child died of a signal that no decoder raises itself."""
+
+
 class Sandbox:
     """A child process that converts one recording at a time; use as a context manager."""
 
@@ -215,6 +221,7 @@ class Sandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[write_end],
+            start_new_session=True,  # a terminal's Ctrl-C or a kill of the group is for the job, not the recording
             env={**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": python_path},
         )
         os.close(write_end)
@@ -241,6 +248,18 @@ class Sandbox:
             RecordingError: The recording cannot be used, or its decoder crashed or went over a limit.
             ConfigError: The corpus file does not fit the recording.
         """
+        try:
+            return self._ask(job)
+        except _KilledFromOutsideError:
+            # Whoever ends a job kills its processes in any order: if that includes this one it ends here, before
+            # it can blame the recording. A recording that eats all memory is killed a second time.
+            time.sleep(_GRACE_S)
+        try:
+            return self._ask(job)
+        except _KilledFromOutsideError as error:
+            raise RecordingError("CRASHED", f"{job.path}: the decoder was killed twice: {error}") from None
+
+    def _ask(self, job: Job) -> dict[str, Any]:
         process = self._process if self._process is not None else self.start()
         if process.stdin is None:
             raise RuntimeError("the sandbox has no pipe to its child")
@@ -259,6 +278,8 @@ class Sandbox:
             code = process.wait()
             self.close()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            if -code in _FROM_OUTSIDE:
+                raise _KilledFromOutsideError(how)
             raise RecordingError("CRASHED", f"{job.path}: the decoder died: {how}")
         answer = json.loads(line)
         if "error" in answer:

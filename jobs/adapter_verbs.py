@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from jobs.console import console, show_table
 from manifests.config import load_config
@@ -68,13 +69,15 @@ def predict(
     corpus = stranger(file, channels=channel, units=unit, mains_hz=mains)
     found = predict_file(loaded, file, corpus, tasks=task or None)
     for name, reason in found.refused.items():
-        console.print(f"[yellow]{name} left out:[/] {reason}", soft_wrap=True)
+        console.print(f"[yellow]{name} left out:[/] {escape(reason)}", soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     csv, edf = out / f"{file.stem}.predictions.csv", out / f"{file.stem}.predictions.edf"
     write_csv(csv, found.predictions)
     write_annotations(edf, annotation_rows(found.predictions))
     counts = Counter((item.task, item.label or "none") for item in found.predictions)
     show_table(file.name, ("task", "label", "windows"), [(*key, count) for key, count in sorted(counts.items())])
+    for label, reason in found.unresolved.items():
+        console.print(f"channel left out: {escape(label)} ({escape(reason)})", soft_wrap=True)
     if found.dropped:
         console.print("windows left out: " + ", ".join(f"{count} {why}" for why, count in found.dropped.items()))
     console.print(f"written: {csv}, {edf}")

@@ -7,6 +7,7 @@ Exit codes: 0 complete, 1 a bug, 2 wrong configuration or input, 3 complete with
 import sys
 
 import typer
+from rich.markup import escape
 
 from jobs import adapter_verbs, data_verbs, machine_verbs, trainer_verbs
 from jobs.console import console, set_up_logging
@@ -28,6 +29,7 @@ def options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log eve
     set_up_logging(verbose=verbose)
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 DATA, TRAINING, ADAPTERS, MACHINE = "Data", "Pretraining", "Adapters", "Machine"
 for panel, verb in (
     (DATA, data_verbs.scan),
@@ -54,21 +56,26 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        console.print(f"[bold red]wrong input:[/] {_plain(error)}", soft_wrap=True)
+        console.print(f"[bold red]wrong input:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except RecordingError as error:
-        console.print(f"[bold red]recording refused ({error.reason}):[/] {_plain(error)}", soft_wrap=True)
+        console.print(f"[bold red]recording refused ({error.reason}):[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except ContractError as error:
-        console.print(f"[bold red]broken artefact:[/] {_plain(error)}", soft_wrap=True)
+        console.print(f"[bold red]broken artefact:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(5)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on")
-        sys.exit(130)
-
-
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        where = f"{error.filename} → {error.filename2}" if error.filename2 else error.filename
+        console.print(
+            f"[bold red]wrong input:[/] {escape(str(where))}: {error.strerror}; give another path", soft_wrap=True
+        )
+        sys.exit(2)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            console.print("interrupted; run the same command again to go on")
+        raise
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 # Numbers are aligned right, everything else left.
-RIGHT = {"recordings", "hours", "count", "share", "bytes", "windows", "units", "value", "n"}
+RIGHT = {
+    *("recordings", "subjects", "unreadable", "done", "quarantined", "hours", "MB", "share", "windows", "channels"),
+    *("value", "chance", "seconds", "n"),
+}
 
 # A file or a pipe has no width; 80 columns would break the tables.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -22,12 +27,18 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     rows = list(rows)
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    console.print(f"[bold]{escape(title)}[/]")
+    table = Table(header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else _cell(value) for value in row))
     console.print(table)
+
+
+def _cell(value: object) -> str | Text:
+    # What comes from a file's header is text, never markup; marks of our own are made of Text.
+    return value if isinstance(value, Text) else escape(str(value))
 
 
 def hours_progress() -> Progress:

@@ -7,6 +7,7 @@ import typer
 
 from jobs.console import console, hours_progress, show_table
 from manifests.config import load_config
+from manifests.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.config import ConvertConfig
@@ -31,7 +32,13 @@ def scan(
 
     sources = [Source(corpus=corpus, root=folder)] if corpus else []
     result = engine_scan.scan(sources) if corpus else engine_scan.scan_folder(folder)
-    show_scan(result.corpus_rows(), result.channel_rows()[: limit or None], result.rate_rows()[: limit or None])
+    if not result.rows:
+        wanted = f"files of corpus {corpus}" if corpus else "recordings (EDF, EDF+, BDF, WFDB), known by their content"
+        raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")
+    channels = result.channel_rows()
+    show_scan(result.corpus_rows(), channels[: limit or None], result.rate_rows()[: limit or None])
+    if limit and len(channels) > limit:
+        console.print(f"… and {len(channels) - limit} more channels; --limit 0 shows all")
     unresolved = result.unresolved_rows()
     show_table(
         f"labels without a channel ({len(unresolved)})",

@@ -121,7 +121,7 @@ def run_demo(out: Path, *, data: Path | None = None) -> None:
         _predict(plan, out, ledger)
     with ledger.stage("report"):
         _report(plan, out, ledger)
-    _close(ledger, out, time.monotonic() - began)
+    _close(ledger, plan, out, time.monotonic() - began)
 
 
 def _synthetic(out: Path, ledger: Ledger) -> Plan:
@@ -255,7 +255,9 @@ def _adapt(plan: Plan, out: Path, ledger: Ledger) -> None:
     for task, splits in result.scores.items():
         entry = ((splits.get("test") or splits.get("val")) or {}).get("metrics", {}).get("balanced_accuracy")
         if entry and entry["value"] is not None:
-            text = f"balanced accuracy {entry['value']:.2f} on held-out subjects, chance {entry['chance']:.2f}"
+            found = splits.get("test") or splits.get("val") or {}
+            people = f"{found['subjects']} held-out subject{'s' if found['subjects'] != 1 else ''}"
+            text = f"balanced accuracy {entry['value']:.3f} on {people}, chance {entry['chance']:.2f}"
             ledger.note(f"task {task}", text, run)
     write_bundle(result, out / "bundle")
     ledger.note("bundle", f"{len(result.tasks)} adapters, checked and read back", out / "bundle")
@@ -283,7 +285,7 @@ def _report(plan: Plan, out: Path, ledger: Ledger) -> None:
     ledger.note("report", "coverage, losses, quarantine, examples, loss curves", out / "report.html")
 
 
-def _close(ledger: Ledger, out: Path, seconds: float) -> None:
+def _close(ledger: Ledger, plan: Plan, out: Path, seconds: float) -> None:
     show_table("seconds", ("stage", "value"), [(name, f"{value:.0f}") for name, value in ledger.seconds.items()])
     show_table("what was made", ("what", "result", "where"), ledger.rows)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -291,4 +293,7 @@ def _close(ledger: Ledger, out: Path, seconds: float) -> None:
     console.print("What to try next:")
     console.print(f"  open {out}/report.html and {out}/preview.png")
     console.print(f"  kymo predict {out}/bundle YOUR.edf")
-    console.print(f"  kymo pretrain jobs/configs/pretrain_sleep.yaml run_dir={out}/runs/longer steps=2000")
+    name, config = list(plan.pretrain.items())[-1]
+    places = " ".join(_snapshots(config, "snapshots", out))
+    shown = config.relative_to(CONFIGS.parent.parent)
+    console.print(f"  kymo pretrain {shown} run_dir={out}/runs/{name}_longer steps=2000 {places}", soft_wrap=True)

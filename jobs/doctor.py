@@ -63,6 +63,8 @@ def check_library(name: str) -> Check:
 
 def check_disk(folder: Path) -> Check:
     """Free space where `folder` lies."""
+    if not folder.is_dir():
+        return Check(name=f"disk {folder}", ok=False, found="no such folder", advice=f"make it: mkdir -p {folder}")
     free = shutil.disk_usage(folder).free / GIB
     ok = free >= MIN_DISK_GIB and os.access(folder, os.W_OK)
     advice = "" if ok else f"free {MIN_DISK_GIB} GiB, or work in a folder that you may write to"

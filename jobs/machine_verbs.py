@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import typer
+from rich.text import Text
 
 from jobs.console import console, show_table
 
@@ -16,7 +17,7 @@ def doctor(folder: Path = typer.Argument(Path(), help="Where runs will be writte
     from jobs.doctor import examine
 
     checks = examine(folder)
-    marks = {True: "[green]ok[/]", False: "[red]FAILS[/]"}
+    marks = {True: Text("ok", "green"), False: Text("FAILS", "red")}
     show_table("kymo doctor", ("check", "", "found"), [(c.name, marks[c.ok], c.found) for c in checks])
     failures = [check for check in checks if not check.ok]
     for check in failures:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from adapters.bundle import Bundle
 from adapters.predict import Prediction, check_channels, predict
 from engine.read import read_header, sniff
 from engine.scan import resolve_channels
-from engine.windows import Losses, window_recording
+from engine.windows import Losses, in_canonical_unit, window_recording
+from manifests.channels import Unresolved, resolve
 from manifests.config import validate
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
@@ -20,11 +23,12 @@ from trainer.read import Window
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """Predictions of a file, tasks that it does not suit with the reason, windows left out by reason."""
+    """Predictions of a file, tasks that it does not suit with the reason, windows and channels left out by reason."""
 
     predictions: list[Prediction]
     refused: dict[str, str]
     dropped: Counter[str]
+    unresolved: dict[str, str]
 
 
 def stranger(
@@ -76,6 +80,7 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
     Raises:
         RecordingError: It suits none of them, or cannot be read.
     """
+    check_options(path, corpus)
     available = available_rates(path, corpus)
     wanted = [name for name in bundle.records if tasks is None or name in tasks]
     refused = {name: reason for name in wanted if (reason := check_channels(bundle.records[name], available))}
@@ -91,9 +96,33 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
         except RecordingError as error:
             refused |= dict.fromkeys(suited, str(error))
     if not predictions:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-        raise RecordingError("NO_CHANNELS", f"{path}: no task of {bundle.path} can read it\n{reasons}")
-    return Predicted(predictions=predictions, refused=refused, dropped=losses.dropped)
+        lines = [f"  {name}: {reason}" for name, reason in refused.items()]
+        lines += [f"  channel {label!r}: {reason}" for label, reason in losses.unresolved]
+        lines += [f"  {count} windows left out: {reason}" for reason, count in (+losses.dropped).items()]
+        hint = "  name a label with --channel LABEL=SYMBOL, a unit with --unit LABEL=UNIT"
+        raise RecordingError("NO_CHANNELS", "\n".join([f"{path}: no task of {bundle.path} can read it", *lines, hint]))
+    return Predicted(
+        predictions=predictions,
+        refused=refused,
+        dropped=+losses.dropped,
+        unresolved=dict(losses.unresolved.keys()),
+    )
+
+
+def check_options(path: Path, corpus: Corpus) -> None:
+    """Hold the user's labels and units to the recording; ConfigError names what it has."""
+    labels = [channel.label for channel in read_header(path, corpus.reader, corpus.layout).channels]
+    for label in [*corpus.channels, *corpus.units]:
+        if label not in labels:
+            raise ConfigError(f"{label!r}: {path.name} has no such label; it has {', '.join(map(repr, labels))}")
+    for label, unit in corpus.units.items():
+        tag = resolve(label, corpus.channels)
+        if isinstance(tag, Unresolved):
+            raise ConfigError(f"{label!r}: a unit helps only a channel that is known; add --channel {label!r}=SYMBOL")
+        try:
+            in_canonical_unit(np.zeros(1, dtype=np.float32), unit, tag.unit)
+        except RecordingError as error:
+            raise ConfigError(f"{label!r}: unit {unit!r}: {error}") from None
 
 
 def available_rates(path: Path, corpus: Corpus) -> dict[str, Fraction]:

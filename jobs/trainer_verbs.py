@@ -37,6 +37,7 @@ def pretrain(
         show_scores("retrieval among held-out windows", result.evaluation)
     if not result.is_finished:
         console.print("stopped early; run the same command again to go on")
+        raise typer.Exit(0 if result.step == settings.stop_at else 130)
 
 
 def evaluate(

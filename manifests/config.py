@@ -83,6 +83,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text; give the path of a YAML file") from None
     value = parse_yaml(text, where=str(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}, a mapping of keys is expected")

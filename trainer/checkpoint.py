@@ -177,6 +177,14 @@ def _commit(temporary: Path, final: Path) -> None:
         os.close(descriptor)
 
 
+def step_of(path: Path) -> int:
+    """Optimizer steps done at a checkpoint, from its name."""
+    match = NAME_PATTERN.fullmatch(path.name)
+    if match is None:
+        raise ContractError(f"{path}: not the name of a checkpoint")
+    return int(match[1])
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Newest committed checkpoint, without looking into it."""
     return next((path for path, _ in _named(folder) if path.name.startswith("step-")), None)

@@ -100,7 +100,9 @@ def load_streams(sources: Sequence[SnapshotSource], *, split: str, keep: SampleF
         streams += _streams_of(source, split=split, keep=keep)
     if not streams:
         paths = ", ".join(source.path for source in sources)
-        raise ConfigError(f"{paths}: no sample of split {split!r} passes {keep!r}; widen the filter")
+        raise ConfigError(
+            f"{paths}: no sample of split {split!r} (of train, val, test) passes {keep}; widen the filter"
+        )
     return streams
 
 
@@ -120,6 +122,12 @@ def _streams_of(source: SnapshotSource, *, split: str, keep: SampleFilter) -> li
         chosen = chosen[has_class | (chosen["stage"].notna() & (chosen["stage"] != "?"))]
     paths = [entry.path for entry in snapshot.shards]
     number = {path: index for index, path in enumerate(paths)}
+    for entry in snapshot.shards:
+        path = folder / entry.path
+        size = path.stat().st_size if path.is_file() else -1
+        if size != entry.num_bytes:
+            found = f"has {size} bytes" if size >= 0 else "is missing"
+            raise ContractError(f"{path}: {found}, {entry.num_bytes} were written; run kymo convert again to mend it")
     if unknown := set(chosen["shard"]) - number.keys():
         raise ContractError(f"{folder}: {SAMPLES_FILE} names shard {min(unknown)!r}, which the snapshot lacks")
     chosen = chosen.assign(shard=chosen["shard"].map(number)).sort_values(["corpus", "shard", "ordinal"])

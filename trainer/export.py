@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from manifests.channels import UCS_VERSION, site_ids, table_digest
-from manifests.errors import ContractError
+from manifests.errors import ConfigError, ContractError
 from trainer.models.build import Encoder, EncoderConfig, build_encoder
 
 WEIGHTS_FILE = "encoder.safetensors"
@@ -94,8 +94,15 @@ def _site_tables(encoder: nn.Module) -> list[str]:
 
 
 def read_card(folder: Path | str) -> EncoderCard:
-    """`encoder.json` of an exported encoder; ContractError when it is none or of another format."""
+    """`encoder.json` of an exported encoder.
+
+    Raises:
+        ConfigError: There is none.
+        ContractError: It is of another format.
+    """
     path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no {CARD_FILE}; give the folder `encoder` of a pretraining run")
     try:
         card = EncoderCard.model_validate(json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:

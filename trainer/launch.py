@@ -24,8 +24,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from manifests.errors import ConfigError, ContractError
+from trainer.checkpoint import step_of
 from trainer.collectives import rank
 from trainer.config import PretrainConfig
+from trainer.lock import hold
 from trainer.loop import STOP_FILE, PretrainResult, check_run, pretrain, read_result
 from trainer.metrics import describe, read_metrics
 from trainer.worker_logging import set_up_logging
@@ -33,6 +35,7 @@ from trainer.worker_logging import set_up_logging
 logger = logging.getLogger(__name__)
 
 WORKERS_FOLDER = "workers"
+LOCK_FILE = "launch.lock"  # of the driver; each group of workers has its own, see trainer/loop.py
 POLL_S = 0.5
 OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray
 
@@ -50,6 +53,12 @@ def launch(config: PretrainConfig) -> PretrainResult:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(config.ray.health_check_s)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.start_timeout_s)
     run_dir = Path(config.run_dir)
+    before = read_result(config)
+    if before.checkpoint is not None and step_of(before.checkpoint) >= config.steps:
+        logger.info("%s: finished before, at step %d; nothing to do", run_dir, before.step)
+        return before
+    if before.checkpoint is not None:
+        logger.info("going on from step %d", step_of(before.checkpoint))
     has_gpu = torch.cuda.is_available()
     trainer = TorchTrainer(
         train_on_worker,
@@ -67,7 +76,7 @@ def launch(config: PretrainConfig) -> PretrainResult:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _cluster(config):
+    with hold(run_dir / LOCK_FILE), _cluster(config):
         try:
             _fit(trainer, config)
         except WorkerGroupError as error:

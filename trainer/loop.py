@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -38,6 +38,7 @@ from trainer.config import PretrainConfig, differing_keys, order_digest, run_dig
 from trainer.data import Address, Order, Stream, load_streams, order_state, part_sizes, resume_order
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
+from trainer.lock import hold
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoints"
 ENCODER_FOLDER = "encoder"
+LOCK_FILE = "train.lock"
+LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
 STOP_FILE = "STOP"  # made by anyone, stops the run after the current step as SIGTERM does
 
 Report = Callable[[dict[str, float]], None]
@@ -122,7 +125,7 @@ class _Run:
         self.run_dir = Path(config.run_dir).absolute()
         self.checkpoints = self.run_dir / CHECKPOINT_FOLDER
         streams = check_run(config)
-        _open_run(self.run_dir, config)
+        self._lock = _open_run(self.run_dir, config)
         torch.manual_seed(config.seed)
         self.objective = build_objective(build_encoder(config.encoder), config.objective)
         self.model = initialise(self.objective, config)
@@ -216,6 +219,7 @@ class _Run:
         values |= {name: float(value) for name, value in metrics.items() if name != "loss"}
         values |= self._fresh_evaluation
         values["seconds"] = self.progress.seconds
+        values["replaced"] = self._count_replaced()
         self.metrics.write(
             step,
             values,
@@ -224,6 +228,11 @@ class _Run:
         )
         self._fresh_evaluation = {}
         self._since = (step, now)
+
+    def _count_replaced(self) -> float:
+        """Samples that could not be read since this start, over all ranks; another took the place of each."""
+        count = torch.tensor([float(len(self.reader.replaced))], device=self.model.device)
+        return float(sum_over_ranks(count).item())
 
     def save(self, report: Report | None) -> None:
         """Commit a checkpoint, export the encoder, delete old checkpoints."""
@@ -258,9 +267,11 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Close files."""
+        """Close files and give the folder free."""
         self.metrics.close()
         self.reader.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def result(self) -> PretrainResult:
         """Where the run stands now."""
@@ -330,12 +341,21 @@ def read_result(config: PretrainConfig) -> PretrainResult:
     )
 
 
-def _open_run(run_dir: Path, config: PretrainConfig) -> None:
-    """Write the run's header."""
-    # All ranks have looked before rank 0 writes.
-    sum_over_ranks(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+def _open_run(run_dir: Path, config: PretrainConfig) -> TextIO | None:
+    """Take the folder and write the run's header; the lock is rank 0's."""
+    lock, refusal = None, ""
+    if rank() == 0:
+        try:
+            lock = hold(run_dir / LOCK_FILE, patience_s=LOCK_PATIENCE_S)
+        except ConfigError as error:
+            refusal = str(error)
+    # All ranks have looked before rank 0 writes, and all of them end if it may not.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if sum_over_ranks(torch.tensor([float(bool(refusal))], device=device)).item() > 0:
+        raise ConfigError(refusal or f"{run_dir}: another run is training here")
     if rank() == 0:
         start_run(run_dir, config)
+    return lock
 
 
 def _exported_step(folder: Path) -> int | None:

@@ -86,6 +86,8 @@ def describe(row: Mapping[str, float], *, steps: int) -> str:
         parts.append(f"|g| {row['grad_norm']:.2f}")
     if "eval_top1" in row:
         parts.append(f"held-out top-1 {row['eval_top1']:.3f} (chance {row['eval_chance']:.3f})")
+    if row.get("replaced"):
+        parts.append(f"{int(row['replaced'])} samples could not be read: run kymo verify")
     minutes, seconds = divmod(round(row["eta_s"]), 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

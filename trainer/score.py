@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from manifests.config import load_config
+from manifests.config import load_config, read_yaml
 from manifests.errors import ConfigError
 from trainer.checkpoint import find_checkpoint, read_weights
 from trainer.config import EvaluationConfig, PretrainConfig
@@ -25,6 +25,8 @@ def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str,
         ContractError: A snapshot or checkpoint that breaks its contract.
     """
     run_dir = Path(run_dir)
+    if "objective" not in read_yaml(run_dir / "config.yaml"):
+        raise ConfigError(f"{run_dir}: not a pretraining run (its config.yaml has no objective); give one of those")
     config = load_config(PretrainConfig, run_dir / "config.yaml")
     checkpoint = find_checkpoint(run_dir / CHECKPOINT_FOLDER)
     if checkpoint is None:

@@ -124,7 +124,7 @@ def test_missing_file_is_refused_unless_its_task_is_not_wanted(copied):
     with pytest.raises(ContractError, match="cannot be read"):
         load_bundle(copied)
     load_bundle(copied, ["sleep_staging"])
-    with pytest.raises(ContractError, match="no task 'staging'; it has sleep_staging, rhythm"):
+    with pytest.raises(ConfigError, match="no task 'staging'; it has sleep_staging, rhythm"):
         load_bundle(copied, ["staging"])
 
 

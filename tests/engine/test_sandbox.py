@@ -26,6 +26,10 @@ EVIL = """
         match job.path.name:
             case "segfault": ctypes.string_at(0)
             case "exit": os._exit(7)
+            case "killed": os.kill(os.getpid(), 9)
+            case "killed_once" if not (job.root / "mark").exists():
+                (job.root / "mark").touch()
+                os.kill(os.getpid(), 9)
             case "hang": time.sleep(600)
             case "memory": return {"rows": [bytearray(64 << 20) for _ in range(100)]}
             case "bug": raise KeyError("no such thing")
@@ -153,3 +157,16 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.1)
     else:
         pytest.fail("the child outlived its parent")
+
+
+def test_a_kill_from_outside_is_not_blamed_on_the_recording(
+    evil: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.sandbox._GRACE_S", 0.1)
+    assert evil.convert(job(tmp_path, "killed_once"))["rows"] == ["killed_once"]
+    with pytest.raises(RecordingError, match="killed twice: SIGKILL"):
+        evil.convert(job(tmp_path, "killed"))
+
+
+def test_the_decoder_is_out_of_reach_of_the_terminals_signals(evil: Sandbox) -> None:
+    assert os.getpgid(evil.start().pid) != os.getpgid(0)

@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import edfio
+import numpy as np
 import pytest
 
 from engine.config import ConvertConfig
@@ -147,3 +149,34 @@ def test_predict_says_that_a_folder_holds_no_bundle(
     code, text = run(capsys, "predict", tmp_path, recordings / "ecg" / "E00001.hea")
     assert code in {2, 5}
     assert "bundle.json" in text
+
+
+def test_paths_that_cannot_be_used_are_one_message(
+    capsys: pytest.CaptureFixture[str], snapshot: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert run(capsys, "report", snapshot, "--out", tmp_path)[0] == 2
+    assert run(capsys, "scan", tmp_path)[0] == 2
+    code, text = run(capsys, "convert", snapshot / "samples.parquet")
+    assert (code, "is no text" in text) == (2, True)
+    assert run(capsys, "doctor", tmp_path / "nowhere")[0] == 1
+
+
+def test_a_label_that_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    signal = edfio.EdfSignal(np.sin(np.arange(640)), 64, label="foo[/x]", physical_dimension="uV")
+    edfio.Edf([signal]).write(tmp_path / "x.edf")
+    code, text = run(capsys, "scan", tmp_path)
+    assert code == 0
+    assert "foo[/x]" in text
+
+
+def test_an_interrupt_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshot: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.status.status", interrupted)
+    code, text = run(capsys, "status", snapshot)
+    assert code == 130
+    assert "run the same command again" in text

@@ -126,3 +126,11 @@ def test_wrong_files_and_options_are_said_clearly(tmp_path: Path) -> None:
         stranger(_eeg(tmp_path / "e.edf", rate=128), channels=["X7"])
     with pytest.raises(ConfigError, match="no UCS symbol"):
         stranger(tmp_path / "e.edf", channels=["X7=eeg:Nowhere"])
+
+
+def test_options_that_name_what_is_not_there_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    path = _eeg(tmp_path / "e.edf", rate=128, label="EEG C3-A2")
+    with pytest.raises(ConfigError, match=r"'X8': e.edf has no such label; it has 'EEG C3-A2'"):
+        predict_file(bundle, path, stranger(path, channels=["X8=eeg:C3-M2"]))
+    with pytest.raises(ConfigError, match="parsec"):
+        predict_file(bundle, path, stranger(path, units=["EEG C3-A2=parsec"]))

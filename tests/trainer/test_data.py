@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -206,3 +207,15 @@ def test_weights_are_given_to_all_snapshots_or_to_none(tiny_snapshot: Path) -> N
     sources = [SnapshotSource(path=str(tiny_snapshot), weight=1.0), SnapshotSource(path=str(tiny_snapshot))]
     with pytest.raises(ConfigError, match="all of them or to none"):
         load_streams(sources, split="train", keep=SampleFilter())
+
+
+def test_a_shard_of_another_size_stops_before_training(tiny_snapshot: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_snapshot, copy)
+    shard = next(copy.rglob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(ContractError, match="were written"):
+        load_streams([SnapshotSource(path=str(copy))], split="train", keep=SampleFilter())
+    shard.unlink()
+    with pytest.raises(ContractError, match="is missing"):
+        load_streams([SnapshotSource(path=str(copy))], split="train", keep=SampleFilter())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from manifests.errors import ContractError
+from manifests.errors import ConfigError, ContractError
 from trainer import export
 from trainer.export import load_encoder, read_card, save_encoder
 from trainer.models.build import build_encoder
@@ -99,10 +99,12 @@ def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
         load_encoder(folder)
 
 
-@pytest.mark.parametrize("name", ["encoder.json", "encoder.safetensors"])
-def test_a_missing_file_is_a_contract_error(folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "error"), [("encoder.json", ConfigError), ("encoder.safetensors", ContractError)])
+def test_a_folder_without_encoder_and_one_without_weights(
+    folder: Path, tmp_path: Path, name: str, error: type[Exception]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / name).unlink()
-    with pytest.raises(ContractError):
+    with pytest.raises(error):
         load_encoder(copy)
