@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import KINDS
-from manifests.config import load_shipped, shipped_names
+from manifests.config import load_shipped
 from manifests.corpora import STAGES
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
@@ -96,11 +96,6 @@ class Task(BaseModel):
                 if offered < least:
                     raise ValueError(f"min_channels asks for {least} of {kind}, channels offers {offered} of that kind")
         return self
-
-
-def task_names() -> tuple[str, ...]:
-    """Ids of the tasks that ship with kymo, sorted."""
-    return shipped_names(TASKS_DIR)
 
 
 def load_task(name_or_path: str | Path) -> Task:

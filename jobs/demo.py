@@ -32,9 +32,8 @@ from jobs.predict import predict_file, stranger
 from manifests.config import load_config
 from manifests.errors import ContractError
 from trainer.config import PretrainConfig
-from trainer.launch import OBJECT_STORE_BYTES, launch
+from trainer.launch import launch, start_local_ray
 from trainer.score import score_run
-from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +96,7 @@ def run_demo(out: Path, *, data: Path | None = None) -> None:
             _scan(load_config(ConvertConfig, config, _roots(config, plan)))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ side writes across the progress bar
     with ledger.stage("start Ray"):
-        ray.init(
-            address="local",
-            num_cpus=4,  # logical: two workers or actors, Ray Train's controller, one spare
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env={"worker_process_setup_hook": set_up_logging},
-        )
+        start_local_ray(4)  # logical: two workers or actors, Ray Train's controller, one spare
     try:
         for name, config in plan.convert.items():
             with ledger.stage(f"convert {name}"):

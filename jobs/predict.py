@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from adapters.bundle import Bundle
 from adapters.predict import Prediction, check_channels, predict
 from engine.read import read_header, sniff
+from engine.recording import Recording
 from engine.scan import resolve_channels
 from engine.windows import Losses, in_canonical_unit, window_recording
 from manifests.channels import Unresolved, resolve
@@ -80,8 +80,9 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
     Raises:
         RecordingError: It suits none of them, or cannot be read.
     """
-    check_options(path, corpus)
-    available = available_rates(path, corpus)
+    recording = read_header(path, corpus.reader, corpus.layout)
+    check_options(recording, corpus)
+    available = {tag.symbol: channel.rate for channel, tag in resolve_channels(recording, corpus)[0]}
     wanted = [name for name in bundle.records if tasks is None or name in tasks]
     refused = {name: reason for name in wanted if (reason := check_channels(bundle.records[name], available))}
     losses = Losses()
@@ -109,12 +110,14 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
     )
 
 
-def check_options(path: Path, corpus: Corpus) -> None:
+def check_options(recording: Recording, corpus: Corpus) -> None:
     """Hold the user's labels and units to the recording; ConfigError names what it has."""
-    labels = [channel.label for channel in read_header(path, corpus.reader, corpus.layout).channels]
+    labels = [channel.label for channel in recording.channels]
     for label in [*corpus.channels, *corpus.units]:
         if label not in labels:
-            raise ConfigError(f"{label!r}: {path.name} has no such label; it has {', '.join(map(repr, labels))}")
+            raise ConfigError(
+                f"{label!r}: {recording.path.name} has no such label; it has {', '.join(map(repr, labels))}"
+            )
     for label, unit in corpus.units.items():
         tag = resolve(label, corpus.channels)
         if isinstance(tag, Unresolved):
@@ -123,12 +126,6 @@ def check_options(path: Path, corpus: Corpus) -> None:
             in_canonical_unit(np.zeros(1, dtype=np.float32), unit, tag.unit)
         except RecordingError as error:
             raise ConfigError(f"{label!r}: unit {unit!r}: {error}") from None
-
-
-def available_rates(path: Path, corpus: Corpus) -> dict[str, Fraction]:
-    """Symbol of each usable channel of a recording to its native rate in Hz."""
-    found, _ = resolve_channels(read_header(path, corpus.reader, corpus.layout), corpus)
-    return {tag.symbol: channel.rate for channel, tag in found}
 
 
 def windows_of(path: Path, corpus: Corpus, recipe: Recipe, losses: Losses) -> Iterator[Window]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import Unresolved, resolve
-from manifests.config import load_shipped, shipped_names
+from manifests.config import load_shipped
 from manifests.errors import ConfigError
 
 CORPORA_DIR = Path(__file__).resolve().parent / "corpora"
@@ -132,11 +132,6 @@ class Corpus(_Strict):
                     "manifests/channels.yaml, e.g. eeg:C3-M2"
                 )
         return value
-
-
-def corpus_names() -> tuple[str, ...]:
-    """Ids of the corpora that ship with kymo, sorted."""
-    return shipped_names(CORPORA_DIR)
 
 
 def load_corpus(name_or_path: str | Path) -> Corpus:

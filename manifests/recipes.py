@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests.channels import KINDS
-from manifests.config import load_shipped, shipped_names
+from manifests.config import load_shipped
 
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
 
@@ -59,11 +59,6 @@ class Recipe(_Strict):
         if unknown or not value:
             raise ValueError(f"kinds {', '.join(unknown) or '(none)'}: expected some of {', '.join(KINDS)}")
         return value
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Ids of the recipes that ship with kymo, sorted."""
-    return shipped_names(RECIPES_DIR)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from trainer.collectives import rank
 from trainer.config import PretrainConfig
 from trainer.lock import hold
 from trainer.loop import STOP_FILE, PretrainResult, check_run, pretrain, read_result
-from trainer.metrics import describe, read_metrics
+from trainer.metrics import METRICS_FILE, describe, read_metrics
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -108,29 +109,44 @@ def _fit(trainer: TorchTrainer, config: PretrainConfig) -> None:
 
     # An event, not Thread.join: until Python 3.13 an interrupted join takes the thread for ended.
     is_done = threading.Event()
-    shown = time.time()
+    shown = _Shown(time=time.time())
     threading.Thread(target=fit, daemon=True).start()
     while not is_done.is_set():
         try:
             is_done.wait(POLL_S)
-            shown = _show_rows(run_dir, config, since=shown)
+            _show_rows(run_dir, config, shown)
         except KeyboardInterrupt:
             if stop_file.exists():
                 raise
             stop_file.touch()
             logger.warning("stopping after this step, with a checkpoint; Ctrl-C again aborts at once")
-    _show_rows(run_dir, config, since=shown)
+    _show_rows(run_dir, config, shown)
     if failures:
         raise failures[0]
 
 
-def _show_rows(run_dir: Path, config: PretrainConfig, *, since: float) -> float:
-    """Log the rows written after `since` (Unix time in s); the time of the newest."""
+@dataclass(slots=True, kw_only=True)
+class _Shown:
+    """What of metrics.jsonl was shown: rows up to `time` (Unix time in s), of the file as it was when last read."""
+
+    time: float
+    num_bytes: int = -1
+    changed_ns: int = -1
+
+
+def _show_rows(run_dir: Path, config: PretrainConfig, shown: _Shown) -> None:
+    """Log the rows written since `shown`; the file is read only when it has changed, for it is asked all the time."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return
+    stat = path.stat()
+    if (stat.st_size, stat.st_mtime_ns) == (shown.num_bytes, shown.changed_ns):
+        return
+    shown.num_bytes, shown.changed_ns = stat.st_size, stat.st_mtime_ns
     for row in read_metrics(run_dir):
-        if row["time"] > since:
+        if row["time"] > shown.time:
             logger.info(describe(row, steps=config.steps))
-            since = row["time"]
-    return since
+            shown.time = row["time"]
 
 
 def train_on_worker(plain: dict[str, Any]) -> None:
@@ -155,6 +171,20 @@ def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "snapshots": snapshots})
 
 
+def start_local_ray(num_cpus: int) -> None:
+    """Start a Ray on this machine, for `num_cpus` logical CPUs; the caller shuts it down."""
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody gives notice of taking this machine away
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        runtime_env={"worker_process_setup_hook": set_up_logging},
+    )
+
+
 @contextmanager
 def _cluster(config: PretrainConfig) -> Iterator[None]:
     """A connection to the cluster of `ray.address` or RAY_ADDRESS, else to a local one that ends with the run."""
@@ -165,17 +195,7 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody gives notice of taking this machine away
-        num_cpus = int(config.num_workers * config.ray.cpus_per_worker) + 1  # one for the controller
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env={"worker_process_setup_hook": set_up_logging},
-        )
+        start_local_ray(int(config.num_workers * config.ray.cpus_per_worker) + 1)  # one for the controller
     try:
         yield
     finally:

@@ -5,10 +5,11 @@ import pytest
 from pydantic import ValidationError
 
 from manifests.channels import ChannelTag, resolve
-from manifests.corpora import CORPORA_DIR, SPLITS, STAGES, Corpus, corpus_names, load_corpus, split_of, subject_hash
+from manifests.config import shipped_names
+from manifests.corpora import CORPORA_DIR, SPLITS, STAGES, Corpus, load_corpus, split_of, subject_hash
 from manifests.errors import ConfigError
 
-NAMES = corpus_names()
+NAMES = shipped_names(CORPORA_DIR)
 SHARED = {
     "cap_sleep": "cap_sleep",
     "challenge2021": "challenge2021_12lead",

@@ -4,13 +4,14 @@ import pytest
 from pydantic import ValidationError
 
 from manifests.channels import KINDS
+from manifests.config import shipped_names
 from manifests.errors import ConfigError
-from manifests.recipes import Recipe, load_recipe, recipe_names
+from manifests.recipes import RECIPES_DIR, Recipe, load_recipe
 
 RECIPE = {"id": "mine", "title": "mine", "window_s": 30, "hop_s": 30, "kinds": {"eeg": {"rate_hz": 128}}}
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", shipped_names(RECIPES_DIR))
 def test_every_shipped_recipe_validates(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.id == name
@@ -21,7 +22,7 @@ def test_every_shipped_recipe_validates(name: str) -> None:
 
 
 def test_the_recipes_that_others_build_on_are_there() -> None:
-    assert {"psg128", "ecg128", "eeg200"} <= set(recipe_names())
+    assert {"psg128", "ecg128", "eeg200"} <= set(shipped_names(RECIPES_DIR))
     assert load_recipe("psg128").window_s == 30
     assert {rule.rate_hz for rule in load_recipe("psg128").kinds.values()} == {128}
 
