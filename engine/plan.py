@@ -36,7 +36,7 @@ class PlanItem:
     Attributes:
         corpus: Id of its corpus.
         path: POSIX path relative to the corpus root.
-        identity: Digest of the input files, see `engine.scan.identity_of`.
+        identity: Digest of the input files, see `engine.files.identity_of`.
         seconds: Recorded time in whole seconds, rounded down.
         num_bytes: Estimated output in bytes.
     """

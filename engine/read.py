@@ -13,17 +13,27 @@ from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
 
+def _alone(path: Path) -> list[Path]:  # noqa: ARG001 - the signature of Reader.companions
+    return []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A file format: headers and annotations cheaply, signals on demand."""
+    """A file format: headers and annotations cheaply, signals on demand.
+
+    `companions` names the other files that a recording consists of; some of them may be missing.
+    """
 
     read_header: Callable[[Path, Mapping[str, object]], Recording]
     read_signals: Callable[[Recording, Sequence[int]], list[np.ndarray]]
+    companions: Callable[[Path], list[Path]] = _alone
 
 
 READERS: dict[str, Reader] = {
     "edf": Reader(read_header=edf.read_header, read_signals=edf.read_signals),
-    "wfdb": Reader(read_header=physionet.read_header, read_signals=physionet.read_signals),
+    "wfdb": Reader(
+        read_header=physionet.read_header, read_signals=physionet.read_signals, companions=physionet.companions
+    ),
     "text": Reader(read_header=text.read_header, read_signals=text.read_signals),
     "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.scan import companions
+from engine.files import companions
 from engine.windows import Losses, Sample, window_recording
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, ContractError, RecordingError
@@ -153,7 +153,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": losses.unmapped.total(),
-        "sha256": {path.name: _sha256(path) for path in companions(job.path, job.corpus)},
+        "sha256": {path.name: _sha256(path) for path in companions(job.path, job.corpus.reader, job.corpus)},
     }
 
 

@@ -1,6 +1,5 @@
 """What lies in a folder, from headers alone: recordings, hours, channels by symbol, labels nobody resolved."""
 
-import hashlib
 import logging
 import re
 from collections import Counter, defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Source
+from engine.files import corpus_files, identity_of
 from engine.read import read_header, sniff
 from engine.recording import Channel, Recording
 from manifests.channels import ChannelTag, Unresolved, resolve
@@ -24,9 +24,6 @@ NO_CORPUS = ""
 
 # Reasons of `Unresolved` that are no gap in our knowledge.
 KNOWN_REASONS = ("excluded by corpus", "role ", "uncalibrated")
-
-_EDGE_BYTES = 1 << 16  # of each end of a file, and of blocks between, that an identity covers
-_NUM_BLOCKS = 8
 
 # A bank letter and a number, as amplifiers count their inputs; and those of them that no 10-20 site is called.
 _INPUT = re.compile(r"[A-H]\d{1,3}")
@@ -53,7 +50,7 @@ class ScanRow:
         path: POSIX path relative to the root.
         subject: Hashed subject.
         session: Session of the path, hashed like the subject, or empty.
-        identity: Digest of the input files, see `identity_of`.
+        identity: Digest of the input files, see `engine.files.identity_of`.
         num_bytes: Size of the input files in bytes.
         duration: Recorded time in seconds.
         channels: Channels that resolved to a signal.
@@ -179,55 +176,6 @@ def _corpus_row(name: str, rows: Sequence[ScanRow], corpus: Corpus | None) -> di
     }
 
 
-def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
-    """Recordings of a corpus under its root by the globs of its file, sorted by path."""
-    if not root.is_dir():
-        raise ConfigError(f"{corpus.id}: root {root} is no folder; give the folder that holds its recordings")
-    found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file()}
-    found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
-    return sorted(found)
-
-
-def companions(path: Path, corpus: Corpus | None = None) -> list[Path]:
-    """Files that a recording consists of: itself, those that a `.hea` names, and the corpus' file of labels."""
-    names = {path}
-    if path.suffix == ".hea":
-        lines = path.read_text(encoding="latin-1").splitlines()
-        names |= {path.parent / line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
-    rule = corpus.annotations if corpus else None
-    if corpus and rule and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
-        match = re.search(corpus.subject.pattern, path.as_posix())
-        known = {"subject": "", "session": "", "run": "", **(match.groupdict("") if match else {})}
-        pattern = rule.pattern.format_map({**known, "stem": path.stem})
-        names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {path.parent / pattern}
-    return sorted(name for name in names if name.is_file())
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(mark in pattern for mark in "*?[")
-
-
-def identity_of(path: Path, corpus: Corpus | None = None) -> tuple[str, int]:
-    """Digest (16 hex) and size in bytes of a recording's files, free of dates and folders.
-
-    Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers.
-    The SHA-256 of the whole files stands in the commit of the unit that converted them.
-    """
-    sha = hashlib.sha256()
-    total = 0
-    for name in companions(path, corpus):
-        size = name.stat().st_size
-        total += size
-        sha.update(f"{name.name}/{size}/".encode())
-        step = max(_EDGE_BYTES, size // _NUM_BLOCKS)
-        with name.open("rb") as file:
-            for offset in {*range(0, size, step), max(0, size - _EDGE_BYTES)}:
-                file.seek(offset)
-                sha.update(str(offset).encode())
-                sha.update(file.read(_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096))
-    return sha.hexdigest()[:16], total
-
-
 def subject_of(corpus: Corpus, path: str) -> tuple[str, str]:
     """Subject and session as the corpus reads them from a relative POSIX path, unhashed.
 
@@ -281,7 +229,7 @@ def resolve_channels(
 
 def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
     relative = path.relative_to(root).as_posix()
-    identity, size = identity_of(path, corpus)
+    identity, size = identity_of(path, reader, corpus)
     subject, session = subject_of(corpus, relative) if corpus else ("", "")
     row = ScanRow(
         corpus=corpus.id if corpus else NO_CORPUS,

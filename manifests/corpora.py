@@ -103,7 +103,10 @@ class Corpus(_Strict):
     licence: str
     access: str
     citation: str = ""
-    reader: Literal["edf", "wfdb", "text", "epochs_mat"]
+    reader: Literal[
+        "edf", "wfdb", "text", "epochs_mat", "brainvision", "eeglab", "fif", "gdf", "egi", "cnt", "ant", "nihon", "persyst",
+        "xdf", "arrays", "dicom",
+    ]  # fmt: skip
     files: list[str]
     exclude: list[str] = []
     subject: SubjectRule

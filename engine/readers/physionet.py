@@ -38,6 +38,12 @@ _RECORD_NAME = re.compile(r"([-\w]+)(\.\w+)(?=[ \t])")
 _WFDB_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
+def companions(path: Path) -> list[Path]:
+    """Signal files, or segment headers, that a `.hea` names."""
+    lines = path.read_text(encoding="latin-1").splitlines()
+    return [path.parent / line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+
+
 def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
     """Channels and segments of the record whose `.hea` is given; header comments `Key: value` go to `extra`.
 

@@ -5,7 +5,7 @@ import pytest
 
 from engine.config import ConvertConfig, Source
 from engine.recording import Channel, Recording, Segment
-from engine.scan import companions, corpus_files, identity_of, resolve_channels, scan, scan_folder, subject_of
+from engine.scan import resolve_channels, scan, scan_folder, subject_of
 from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError
 
@@ -50,40 +50,10 @@ def test_no_raw_subject_in_a_row(tiny_config: ConvertConfig) -> None:
         assert "sub-" not in row.subject
 
 
-def test_identity_follows_the_content_and_not_the_date(tmp_path: Path) -> None:
-    path = tmp_path / "a.edf"
-    path.write_bytes(bytes(300_000))
-    before, size = identity_of(path)
-    path.touch()
-    assert identity_of(path) == (before, 300_000) == (before, size)
-    path.write_bytes(bytes(299_999) + b"x")
-    assert identity_of(path)[0] != before
-
-
-def test_identity_covers_the_signal_file_of_a_wfdb_record(tiny_root: Path, tmp_path: Path) -> None:
-    for name in ("E00001.hea", "E00001.dat"):
-        (tmp_path / name).write_bytes((tiny_root / "ecg" / name).read_bytes())
-    header = tmp_path / "E00001.hea"
-    assert companions(header) == [tmp_path / "E00001.dat", header]
-    before = identity_of(header)
-    (tmp_path / "E00001.dat").write_bytes(b"\0" * (tmp_path / "E00001.dat").stat().st_size)
-    assert identity_of(header) != before
-
-
 def test_a_path_that_belongs_to_nobody_is_refused(tiny_root: Path) -> None:
     corpus = corpus_with(subject={"pattern": "^other/(?P<subject>x)"})
     with pytest.raises(ConfigError, match=r"synthetic_psg.yaml: subject.pattern .* does not match 'psg/"):
         subject_of(corpus, "psg/sub-001/sub-001_psg.edf")
-
-
-def test_a_missing_root_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"root .* is no folder"):
-        corpus_files(load_corpus("synthetic_psg"), tmp_path / "nowhere")
-
-
-def test_excluded_files_are_not_scanned(tiny_root: Path) -> None:
-    corpus = corpus_with(exclude=["psg/sub-001/*"])
-    assert len(corpus_files(corpus, tiny_root)) == len(corpus_files(load_corpus("synthetic_psg"), tiny_root)) - 1
 
 
 def _named(*labels: str) -> Recording:

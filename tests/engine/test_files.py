@@ -1,0 +1,39 @@
+"""Which files a recording consists of and what identifies them."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.files import companions, corpus_files, identity_of
+from manifests.corpora import load_corpus
+from manifests.errors import ConfigError
+
+
+def test_identity_follows_the_content_and_not_the_date(tmp_path: Path) -> None:
+    path = tmp_path / "a.edf"
+    path.write_bytes(bytes(300_000))
+    before, size = identity_of(path, "edf")
+    path.touch()
+    assert identity_of(path, "edf") == (before, 300_000) == (before, size)
+    path.write_bytes(bytes(299_999) + b"x")
+    assert identity_of(path, "edf")[0] != before
+
+
+def test_identity_covers_the_signal_file_of_a_wfdb_record(tiny_root: Path, tmp_path: Path) -> None:
+    for name in ("E00001.hea", "E00001.dat"):
+        (tmp_path / name).write_bytes((tiny_root / "ecg" / name).read_bytes())
+    header = tmp_path / "E00001.hea"
+    assert companions(header, "wfdb") == [tmp_path / "E00001.dat", header]
+    before = identity_of(header, "wfdb")
+    (tmp_path / "E00001.dat").write_bytes(b"\0" * (tmp_path / "E00001.dat").stat().st_size)
+    assert identity_of(header, "wfdb") != before
+
+
+def test_a_missing_root_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"root .* is no folder"):
+        corpus_files(load_corpus("synthetic_psg"), tmp_path / "nowhere")
+
+
+def test_excluded_files_are_not_scanned(tiny_root: Path) -> None:
+    corpus = load_corpus("synthetic_psg").model_copy(update={"exclude": ["psg/sub-001/*"]})
+    assert len(corpus_files(corpus, tiny_root)) == len(corpus_files(load_corpus("synthetic_psg"), tiny_root)) - 1
