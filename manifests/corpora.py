@@ -13,6 +13,24 @@ from manifests.errors import ConfigError
 
 CORPORA_DIR = Path(__file__).resolve().parent / "corpora"
 
+ReaderName = Literal[
+    "edf",
+    "wfdb",
+    "text",
+    "epochs_mat",
+    "brainvision",
+    "eeglab",
+    "fif",
+    "gdf",
+    "egi",
+    "cnt",
+    "ant",
+    "nihon",
+    "persyst",
+    "xdf",
+    "arrays",
+    "dicom",
+]
 SPLITS = ("train", "val", "test")
 STAGES = ("W", "N1", "N2", "N3", "R", "?")
 
@@ -103,10 +121,7 @@ class Corpus(_Strict):
     licence: str
     access: str
     citation: str = ""
-    reader: Literal[
-        "edf", "wfdb", "text", "epochs_mat", "brainvision", "eeglab", "fif", "gdf", "egi", "cnt", "ant", "nihon", "persyst",
-        "xdf", "arrays", "dicom",
-    ]  # fmt: skip
+    reader: ReaderName
     files: list[str]
     exclude: list[str] = []
     subject: SubjectRule
