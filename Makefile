@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?= demo
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test soak check bench format clean
 demo: $(VENV)/.ready
 	$(BIN)/kymo demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# What takes many minutes: a hundred kills at random moments of conversions.
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -m soak -s
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -1,0 +1,139 @@
+"""SIGKILL at random moments of whole conversions under Ray: driver, raylet, actor, decoder child.
+
+A conversion that ends by itself must give the digest of an undisturbed one; one that is killed must do so when the
+same command runs again. Nothing temporary stays behind.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.config import ConvertConfig, Source
+from engine.convert import convert_all
+from engine.synthetic import synthesise
+from manifests.shards import load_snapshot
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_KILLS = 100
+SEED = 20261121
+# What each kind of process is called, and how often it is chosen. A driver or raylet ends the whole run.
+TARGETS = {"driver": 3, "raylet": 2, "actor": 3, "child": 4}
+MARKS = {"raylet": "raylet/raylet", "actor": "ConvertActor", "child": "engine.sandbox"}
+RUN_S = 120
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ConvertConfig:
+    """A conversion of eight nights and a broken file into about eight units, and what it gives undisturbed."""
+    root = tmp_path_factory.mktemp("recordings")
+    synthesise(root, num_subjects=8, num_ecg=1, night_minutes=20)
+    return ConvertConfig(
+        output=tmp_path_factory.mktemp("whole") / "shards",
+        recipe="psg128",
+        sources=[Source(corpus="synthetic_psg", root=root)],
+        num_cpus=2,
+        unit_bytes=4_000_000,
+        shard_bytes=1_500_000,
+        quarantine_budget=0.5,
+    )
+
+
+@contextmanager
+def _started(config: ConvertConfig, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`kymo convert`; whatever of it still lives at the end is ended by the ids seen while it ran."""
+    path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "convert", str(path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def _target(kind: str, process: subprocess.Popen[bytes], random_: random.Random) -> psutil.Process | None:
+    if kind == "driver":
+        return psutil.Process(process.pid) if process.poll() is None else None
+    found = []
+    for other in _family(process):
+        with suppress(psutil.Error):
+            if MARKS[kind] in " ".join(other.cmdline()) or MARKS[kind] in other.name():
+                found.append(other)
+    return random_.choice(found) if found else None
+
+
+def _disturb(process: subprocess.Popen[bytes], random_: random.Random, kills: Counter[str]) -> set[psutil.Process]:
+    """Kill one process after the other at random moments until the run has ended; returns all that were seen."""
+    seen: set[psutil.Process] = set()
+    began = time.monotonic()
+    time.sleep(random_.uniform(0.5, 6.0))
+    while process.poll() is None and time.monotonic() - began < RUN_S:
+        seen.update(_family(process))
+        kind = random_.choices(list(TARGETS), list(TARGETS.values()))[0]
+        target = _target(kind, process, random_)
+        if target is not None:
+            with suppress(psutil.Error):
+                target.kill()
+                kills[kind] += 1
+        time.sleep(random_.uniform(0.1, 2.5))
+    assert process.poll() is not None, f"the conversion hangs: not over after {RUN_S} s, kills {kills}"
+    return seen
+
+
+def _assert_whole(output: Path, digest: str) -> None:
+    assert load_snapshot(output).digest == digest
+    assert not list(output.rglob("*.tmp"))
+    assert not list((output / "work").glob("*"))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_a_hundred_kills_cost_nothing(config: ConvertConfig, tmp_path: Path) -> None:
+    assert int(convert_all(config).exit_code) == 3
+    digest = load_snapshot(config.output).digest
+    random_ = random.Random(SEED)
+    kills: Counter[str] = Counter()
+    codes: Counter[int] = Counter()
+    seen: set[psutil.Process] = set()
+    number = 0
+    output = tmp_path / "run0"
+    while kills.total() < NUM_KILLS:
+        killed = config.model_copy(update={"output": output})
+        with _started(killed, tmp_path / "config.yaml") as process:
+            seen |= _disturb(process, random_, kills)
+        codes[process.returncode] += 1
+        if process.returncode == 3:  # it ended by itself: compare, and begin again in a new folder
+            _assert_whole(output, digest)
+            number += 1
+            output = tmp_path / f"run{number}"
+    last = config.model_copy(update={"output": output})
+    with _started(last, tmp_path / "config.yaml") as process:
+        assert process.wait(timeout=RUN_S) == 3
+    _assert_whole(output, digest)
+    _, alive = psutil.wait_procs(list(seen), timeout=30)
+    for orphan in alive:
+        with suppress(psutil.Error):
+            orphan.kill()
+    assert not alive, f"processes outlive their conversion: {alive}"
+    assert set(kills) == set(TARGETS), kills
+    print(f"\n{kills.total()} kills {dict(kills)} over {codes.total()} runs, exit codes {dict(codes)}")  # noqa: T201
