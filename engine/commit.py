@@ -1,7 +1,6 @@
 """The ledger of a conversion: one commit per unit, written last; whatever has no valid commit is pending."""
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
+from engine.heartbeat import BEAT_SUFFIX, PROGRESS_DIR, read_progress
 from engine.plan import PLAN_FILE, Unit
 from engine.shardwriter import SHARDS_DIR
 from manifests.config import write_atomically
@@ -19,7 +19,6 @@ from manifests.errors import ConfigError, ContractError
 from manifests.shards import SAMPLE_COLUMNS, SNAPSHOT_FILE, ShardEntry
 
 COMMITS_DIR = "commits"
-PROGRESS_DIR = "progress"
 WORK_DIR = "work"
 LOCK_FILE = ".lock"
 
@@ -191,7 +190,7 @@ def remove_leftovers(output: Path, units: Sequence[Unit]) -> list[Path]:
     for folder in (SHARDS_DIR, COMMITS_DIR, PROGRESS_DIR):
         for path in sorted((output / folder).glob("*")) + sorted((output / folder).glob(".*.tmp")):
             unit = path.stem.removeprefix("commit-").removeprefix("samples-").split("-")[0]
-            if path.name.startswith(".") or unit not in done:
+            if path.name.startswith(".") or path.suffix == BEAT_SUFFIX or unit not in done:
                 path.unlink(missing_ok=True)
                 removed.append(path)
     for path in sorted((output / WORK_DIR).glob("*")):
@@ -237,26 +236,3 @@ def read_commits(output: Path, units: Sequence[Unit]) -> list[Commit]:
 def progress_errors(output: Path, unit: str) -> list[str]:
     """Errors that a unit's progress file tells."""
     return [row["error"] for row in read_progress(output, unit) if "error" in row]
-
-
-def append_progress(output: Path, unit: str, row: Mapping[str, Any]) -> None:
-    """Append one line to a unit's progress file, which the driver and `kymo status` read while it runs."""
-    path = output / PROGRESS_DIR / f"{unit}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def start_progress(output: Path, unit: str) -> None:
-    """Empty a unit's progress file."""
-    (output / PROGRESS_DIR).mkdir(parents=True, exist_ok=True)
-    (output / PROGRESS_DIR / f"{unit}.jsonl").write_text("", encoding="utf-8")
-
-
-def read_progress(output: Path, unit: str) -> list[dict[str, Any]]:
-    """Complete lines of a unit's progress file; none before it began."""
-    path = output / PROGRESS_DIR / f"{unit}.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is being written
-    return [json.loads(line) for line in lines]

@@ -19,16 +19,14 @@ from engine.commit import (
     Limits,
     Quarantined,
     UnresolvedLabel,
-    append_progress,
     locked,
     pending,
-    read_progress,
     remove_leftovers,
-    start_progress,
     write_commit,
 )
 from engine.config import ConvertConfig
 from engine.finalise import ConvertResult, finalise
+from engine.heartbeat import Pulse, read_progress
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
 from engine.sandbox import Job, Sandbox
 from engine.scan import ScanResult, load_sources, scan
@@ -187,18 +185,20 @@ def convert_unit(
     output = context.config.output
     work = output / WORK_DIR / f"{unit.id}-{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
-    start_progress(output, unit.id)
     tally = _Tally([], [], [], {}, Counter(), Counter(), Counter())
     try:
-        for number, item in enumerate(unit.recordings):
-            spool = work / f"{number:06d}.bin"
-            reason = _convert_item(item, tally, context=context, sandbox=sandbox, spool=spool)
-            append_progress(output, unit.id, {"seconds": item.seconds, "reason": reason})
-            if after_recording is not None:
-                after_recording()
-        shards, placed = write_shards(
-            tally.samples, output=output, unit=unit.id, shard_bytes=context.config.shard_bytes
-        )
+        with Pulse(output, unit.id, len(unit.recordings)) as pulse:
+            for number, item in enumerate(unit.recordings):
+                pulse.at(number)
+                spool = work / f"{number:06d}.bin"
+                reason = _convert_item(item, tally, context=context, sandbox=sandbox, spool=spool)
+                pulse.record({"seconds": item.seconds, "reason": reason})
+                if after_recording is not None:
+                    after_recording()
+            pulse.at(None)
+            shards, placed = write_shards(
+                tally.samples, output=output, unit=unit.id, shard_bytes=context.config.shard_bytes
+            )
         commit = _commit_of(unit, tally, shards, limits_of(context.config), time.monotonic() - began)
         write_commit(output, commit, [{**tally.rows[place.key], **asdict(place)} for place in placed])
     finally:

@@ -19,10 +19,11 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from engine.commit import append_progress, locked, pending
+from engine.commit import locked, pending
 from engine.config import ConvertConfig
 from engine.convert import Context, Progress, ProgressRow, convert_unit, limits_of, prepare
 from engine.finalise import ConvertResult, finalise
+from engine.heartbeat import append_progress
 from engine.plan import PlanItem, Unit
 
 logger = logging.getLogger(__name__)

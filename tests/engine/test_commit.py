@@ -9,13 +9,11 @@ from engine.commit import (
     Counts,
     Limits,
     Quarantined,
-    append_progress,
     commit_path,
     locked,
     parquet_bytes,
     pending,
     read_commit,
-    read_progress,
     remove_leftovers,
     sample_schema,
     write_commit,
@@ -104,6 +102,7 @@ def test_leftovers_go_and_what_is_committed_stays(tmp_path: Path) -> None:
         tmp_path / "commits" / "samples-00000000000000bb.parquet",
         tmp_path / ".plan.jsonl.99.tmp",
         tmp_path / "progress" / "00000000000000bb.jsonl",
+        tmp_path / "progress" / "00000000000000aa.beat",
         tmp_path / "work" / "00000000000000bb-7" / "000000.bin",
     ]
     for path in orphans:
@@ -148,14 +147,6 @@ def test_one_conversion_at_a_time(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
-
-
-def test_progress_lines_are_read_whole(tmp_path: Path) -> None:
-    append_progress(tmp_path, "u", {"seconds": 3, "reason": ""})
-    with (tmp_path / "progress/u.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"seconds": 4, "re')
-    assert read_progress(tmp_path, "u") == [{"seconds": 3, "reason": ""}]
-    assert read_progress(tmp_path, "other") == []
 
 
 def test_sample_rows_have_the_columns_of_the_format_and_fixed_bytes() -> None:
