@@ -17,16 +17,16 @@ from manifests.shards import SAMPLES_FILE, load_snapshot
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> object:
     """One Ray for all tests of this module: starting it costs more than they do."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
-def test_the_same_bytes_with_one_cpu_with_two_and_without_ray(
+def test_the_same_bytes_with_one_cpu_two_four_and_without_ray(
     tiny_config: ConvertConfig, converted: ConvertConfig, tmp_path: Path
 ) -> None:
     expected = load_snapshot(converted.output)
-    for num_cpus in (1, 2):
+    for num_cpus in (1, 2, 4):
         rows: list[ProgressRow] = []
         config = tiny_config.model_copy(update={"output": tmp_path / f"ray{num_cpus}", "num_cpus": num_cpus})
         result = pipeline.run(config, progress=rows.append)
