@@ -15,7 +15,7 @@ from engine.files import corpus_files, identity_of
 from engine.read import read_header, sniff
 from engine.recording import Channel, Recording
 from manifests.channels import ChannelTag, Unresolved, resolve
-from manifests.corpora import Corpus, load_corpus, subject_hash
+from manifests.corpora import Corpus, load_corpus, recording_split, subject_hash, who_of
 from manifests.errors import ConfigError, RecordingError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class ScanRow:
         session: Session of the path, hashed like the subject, or empty.
         identity: Digest of the input files, see `engine.files.identity_of`.
         num_bytes: Size of the input files in bytes.
+        split: Split by the corpus' rule, empty in a scan without a corpus.
         duration: Recorded time in seconds.
         channels: Channels that resolved to a signal.
         unresolved: Label and reason of each channel that did not.
@@ -65,6 +66,7 @@ class ScanRow:
     session: str
     identity: str
     num_bytes: int
+    split: str = ""
     duration: Fraction = Fraction(0)
     channels: tuple[ScanChannel, ...] = ()
     unresolved: tuple[tuple[str, str], ...] = ()
@@ -176,20 +178,14 @@ def _corpus_row(name: str, rows: Sequence[ScanRow], corpus: Corpus | None) -> di
     }
 
 
-def subject_of(corpus: Corpus, path: str) -> tuple[str, str]:
-    """Subject and session as the corpus reads them from a relative POSIX path, unhashed.
+def subject_of(corpus: Corpus, path: str, root: Path | None = None) -> tuple[str, str]:
+    """Person and session of a relative POSIX path, unhashed; `root` is needed where a table says who is who.
 
     Raises:
-        ConfigError: The pattern does not match, so that the recording would belong to nobody.
+        ConfigError: The corpus' rules do not know the path, so that the recording would belong to nobody.
     """
-    match = re.search(corpus.subject.pattern, path)
-    if match is None:
-        raise ConfigError(
-            f"{corpus.id}.yaml: subject.pattern {corpus.subject.pattern!r} does not match {path!r}; "
-            "widen the pattern or exclude the file"
-        )
-    groups = match.groupdict()
-    return groups["subject"], groups.get("session") or ""
+    who = who_of(corpus, path, root)
+    return who.subject, who.session
 
 
 def session_hash(corpus: Corpus, subject: str, session: str) -> str:
@@ -230,18 +226,19 @@ def resolve_channels(
 def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
     relative = path.relative_to(root).as_posix()
     identity, size = identity_of(path, reader, corpus)
-    subject, session = subject_of(corpus, relative) if corpus else ("", "")
+    subject, session = subject_of(corpus, relative, root) if corpus else ("", "")
     row = ScanRow(
         corpus=corpus.id if corpus else NO_CORPUS,
         path=relative,
         subject=subject_hash(corpus, subject) if corpus else "",
         session=session_hash(corpus, subject, session) if corpus else "",
+        split=recording_split(corpus, relative, root) if corpus else "",
         identity=identity,
         num_bytes=size,
     )
     try:
-        if corpus and relative in corpus.known_bad:
-            raise RecordingError("KNOWN_BAD", f"{relative}: {corpus.known_bad[relative]}")
+        if corpus and (why := corpus.bad_reason(relative)):
+            raise RecordingError("KNOWN_BAD", f"{relative}: {why}")
         recording = read_header(path, reader, corpus.layout if corpus else None)
     except RecordingError as error:
         return replace(row, reason=error.reason, message=str(error))
@@ -269,6 +266,13 @@ def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
     twice = [name for name, count in ids.items() if count > 1]
     if twice:
         raise ConfigError(f"sources: corpus {', '.join(twice)} stands twice; give each corpus one root")
+    for corpus, _ in loaded:
+        unlinked = {name for name, overlap in corpus.overlaps.items() if overlap.persons == "unlinked"}
+        for other in sorted(set(ids) & unlinked):
+            raise ConfigError(
+                f"sources: {corpus.id} and {other} hold recordings of the same persons under names that cannot be "
+                f"joined ({corpus.overlaps[other].note}), so a person could be in two splits; convert one of them"
+            )
     return loaded
 
 
@@ -281,7 +285,7 @@ def scan(sources: Iterable[Source]) -> ScanResult:
     loaded = load_sources(sources)
     rows: list[ScanRow] = []
     for corpus, root in loaded:
-        rows += [_row(path, root, corpus, corpus.reader) for path in corpus_files(corpus, root)]
+        rows += [_row(path, root, corpus, corpus.reader_of(path)) for path in corpus_files(corpus, root)]
     return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
 
 

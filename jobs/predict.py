@@ -80,7 +80,7 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
     Raises:
         RecordingError: It suits none of them, or cannot be read.
     """
-    recording = read_header(path, corpus.reader, corpus.layout)
+    recording = read_header(path, corpus.reader_of(path), corpus.layout)
     check_options(recording, corpus)
     available = {tag.symbol: channel.rate for channel, tag in resolve_channels(recording, corpus)[0]}
     wanted = [name for name in bundle.records if tasks is None or name in tasks]

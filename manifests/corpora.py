@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from manifests.channels import Unresolved, resolve
 from manifests.config import load_shipped
 from manifests.errors import ConfigError
+from manifests.subjects import UNUSED, SplitRule, SubjectRule, Who, find_who, look_up, path_groups
 
 CORPORA_DIR = Path(__file__).resolve().parent / "corpora"
 
@@ -31,29 +32,11 @@ ReaderName = Literal[
     "arrays",
     "dicom",
 ]
-SPLITS = ("train", "val", "test")
 STAGES = ("W", "N1", "N2", "N3", "R", "?")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SubjectRule(_Strict):
-    """How subject, session and run are read from a path, relative to the corpus root, with `/`."""
-
-    pattern: str
-
-    @field_validator("pattern")
-    @classmethod
-    def _has_subject(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groupindex
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        if "subject" not in groups or not set(groups) <= {"subject", "session", "run"}:
-            raise ValueError("needs a named group (?P<subject>…); session and run are the other names allowed")
-        return value
 
 
 class AnnotationRule(_Strict):
@@ -89,22 +72,6 @@ class AnnotationRule(_Strict):
         return self
 
 
-class SplitRule(_Strict):
-    """`hash`: by the salted hash of the subject into fractions; `table`: as published, subject by subject."""
-
-    rule: Literal["hash", "table"] = "hash"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    table: dict[str, Literal["train", "val", "test"]] = {}
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> "SplitRule":
-        if abs(sum(self.fractions) - 1) > 1e-9 or min(self.fractions) < 0:
-            raise ValueError(f"fractions {self.fractions}: three shares that add up to 1 are expected")
-        if self.rule == "table" and not self.table:
-            raise ValueError("rule table needs a table of subject: split")
-        return self
-
-
 class Expected(_Strict):
     """Totals that `kymo scan` checks against."""
 
@@ -113,19 +80,72 @@ class Expected(_Strict):
     hours: float | None = None
 
 
+class FetchRule(_Strict):
+    """Where an openly licensed corpus is downloaded from.
+
+    Attributes:
+        base_url: Folder on the server, ending in `/`.
+        checksums: File below it with a line `sha256  path` for every file; null = `files` lists them.
+        files: Path to `sha256:…` or `md5:…`, where the server has no list.
+    """
+
+    base_url: Annotated[str, Field(pattern=r"^https?://.+/$")]
+    checksums: str | None = "SHA256SUMS.txt"
+    files: dict[str, Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")]] = {}
+
+    @model_validator(mode="after")
+    def _names_files(self) -> "FetchRule":
+        if self.checksums is None and not self.files:
+            raise ValueError("names neither checksums nor files; nothing could be checked")
+        return self
+
+
+class Overlap(_Strict):
+    """What a corpus has in common with another one.
+
+    Attributes:
+        relation: This corpus is a `subset` or `superset` of the other, holds the `same` recordings, or `shares` some.
+        persons: `linked` where both name a person alike and share `subject_group`, so that hash and split agree;
+            `unlinked` where the same persons have names that nobody can join. Such corpora do not go into one snapshot.
+        note: What is shared.
+    """
+
+    relation: Literal["subset", "superset", "same", "shares"]
+    persons: Literal["linked", "unlinked"]
+    note: str = ""
+
+
 class Corpus(_Strict):
-    """One corpus. `channels` holds exact labels; a null symbol means known and left out on purpose."""
+    """One corpus.
+
+    Attributes:
+        access: How to get it, with the terms in words.
+        access_kind: `open` (download), `registered` (an account and a click), `agreement` (a signed form or DUA).
+        readers: Readers by suffix, for a corpus of several formats; `reader` reads the rest.
+        subject_group: Salt of the subject's hash; corpora that share persons share it.
+        channels: Exact labels and their symbols; null = known and left out on purpose.
+        mains_hz: Line frequency; null where it is not known or not the same everywhere.
+        split: Strict split: a person, and a family, is in one part only.
+        published: Splits of the literature by name, the official one first. They may leak; the file says where.
+        known_bad: Path, or its end with `*` for any text, and why the recording is left out.
+        max_unresolved: Share of channels with unknown labels above which a recording is refused.
+    """
 
     id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{1,31}$")]
     title: str
     licence: str
     access: str
+    access_kind: Literal["open", "registered", "agreement"] = "open"
+    homepage: str = ""
+    fetch: FetchRule | None = None
     citation: str = ""
     reader: ReaderName
+    readers: dict[Annotated[str, Field(pattern=r"^\.[a-z0-9.]+$")], ReaderName] = {}
     files: list[str]
     exclude: list[str] = []
     subject: SubjectRule
     subject_group: str | None = None
+    overlaps: dict[str, Overlap] = {}
     channels: dict[str, str | None] = {}
     units: dict[str, str] = {}
     polarity: dict[str, Literal["as_recorded", "suspect", "flipped"]] = {}
@@ -133,6 +153,7 @@ class Corpus(_Strict):
     annotations: AnnotationRule = AnnotationRule()
     layout: dict[str, Any] = {}
     split: SplitRule = SplitRule()
+    published: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], SplitRule] = {}
     known_bad: dict[str, str] = {}
     expected: Expected = Expected()
     max_unresolved: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -151,6 +172,47 @@ class Corpus(_Strict):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Corpus":
+        if reserved := {"strict", "published"} & set(self.published):
+            raise ValueError(f"published: {', '.join(reserved)} is the name of a choice; call the split by its source")
+        if self.fetch and self.access_kind != "open":
+            raise ValueError(f"fetch: access is {self.access_kind}; only an open corpus is downloaded")
+        linked = sorted(other for other, overlap in self.overlaps.items() if overlap.persons == "linked")
+        if linked and not self.subject_group:
+            raise ValueError(f"overlaps: persons linked with {', '.join(linked)} need a subject_group")
+        return self
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Globs under the root of the tables that persons and splits are looked up in."""
+        lookups = (self.subject.table, self.split.column)
+        return tuple(sorted({lookup.file for lookup in lookups if lookup is not None}))
+
+    def reader_of(self, path: str | Path) -> ReaderName:
+        """Reader of one recording, by the suffix of its file."""
+        name = str(path).partition("#")[0].lower()
+        suffixes = [suffix for suffix in self.readers if name.endswith(suffix)]
+        return self.readers[max(suffixes, key=len)] if suffixes else self.reader
+
+    def bad_reason(self, path: str) -> str | None:
+        """Why a recording is left out, None for a good one; the path is relative to the root, with `/`."""
+        return next((why for key, why in self.known_bad.items() if PurePosixPath(path).match(key)), None)
+
+    def with_split(self, name: str) -> "Corpus":
+        """This corpus under another split: `strict`, `published` (the official one), or a name of `published`.
+
+        Raises:
+            ConfigError: No published split of that name.
+        """
+        if name == "strict":
+            return self
+        found = next(iter(self.published), None) if name == "published" else name
+        if found not in self.published:
+            known = ", ".join(["strict", *self.published])
+            raise ConfigError(f"{self.id}: split {name!r}: not in its corpus file; known: {known}")
+        return self.model_copy(update={"split": self.published[found]})
+
 
 def load_corpus(name_or_path: str | Path) -> Corpus:
     """Corpus by the name of a shipped file, or by the path of one's own YAML.
@@ -167,12 +229,58 @@ def subject_hash(corpus: Corpus, subject: str) -> str:
     return hashlib.sha256(f"kymo/1/{group}/{subject}".encode()).hexdigest()[:12]
 
 
-def split_of(corpus: Corpus, subject: str) -> str:
-    """Split of a subject: a pure function of the subject and the corpus rule."""
-    if corpus.split.rule == "table":
-        if subject not in corpus.split.table:
-            raise ConfigError(f"{corpus.id}.yaml: split.table: subject {subject!r} is missing; add it")
-        return corpus.split.table[subject]
-    position = int(subject_hash(corpus, subject), 16) / 16**12
-    train, val, _ = corpus.split.fractions
-    return "train" if position < train else "val" if position < train + val else "test"
+def who_of(corpus: Corpus, path: str, root: Path | None = None) -> Who:
+    """Person, session and family of a recording by its path relative to the root, unhashed.
+
+    Raises:
+        ConfigError: A path that belongs to nobody, or a table that is missing or does not know it.
+    """
+    return find_who(corpus.subject, path, root, where=f"{corpus.id}.yaml")
+
+
+def split_of(corpus: Corpus, subject: str, *, family: str = "") -> str:
+    """Split of a person by the rules `hash` and `table`: a pure function of person, family and rule.
+
+    Raises:
+        ConfigError: A table without this person, or a rule that needs the recording (`recording_split`).
+    """
+    rule = corpus.split
+    match rule.rule:
+        case "hash":
+            train, val, _ = rule.fractions
+            position = _position(corpus, f"family/{family}" if family else subject)
+            return "train" if position < train else "val" if position < train + val else "test"
+        case "table":
+            if subject not in rule.table:
+                raise ConfigError(f"{corpus.id}.yaml: split.table: subject {subject!r} is missing; add it")
+            return rule.table[subject]
+        case _:
+            raise ConfigError(f"{corpus.id}.yaml: split by {rule.rule} needs the path of a recording")
+
+
+def recording_split(corpus: Corpus, path: str, root: Path | None = None) -> str:
+    """Split of a recording (`train`, `val`, `test`, or `unused`) by its path relative to the root.
+
+    Raises:
+        ConfigError: The corpus' rules do not know the recording.
+    """
+    who = who_of(corpus, path, root)
+    rule, where = corpus.split, f"{corpus.id}.yaml: split"
+    if rule.rule == "path":
+        match = re.search(rule.pattern or "", path)
+        text = match["split"] if match else None
+    elif rule.rule == "column" and rule.column is not None:
+        groups = path_groups(corpus.subject, path, where=f"{corpus.id}.yaml")
+        text = look_up(rule.column, groups, root, (rule.column.column,), where=where)[rule.column.column]
+    else:
+        return split_of(corpus, who.subject, family=who.family)
+    if text is None or text not in rule.map:
+        raise ConfigError(f"{where}: {text!r} of {path!r} is not in the map; add it, or null for unused")
+    split = rule.map[text] or UNUSED
+    is_held_out = split == "train" and _position(corpus, who.subject) < rule.val_share
+    return "val" if is_held_out else split
+
+
+def _position(corpus: Corpus, name: str) -> float:
+    """Place of a person or family in [0, 1)."""
+    return int(subject_hash(corpus, name), 16) / 16**12

@@ -6,8 +6,9 @@ from pydantic import ValidationError
 
 from manifests.channels import ChannelTag, resolve
 from manifests.config import shipped_names
-from manifests.corpora import CORPORA_DIR, SPLITS, STAGES, Corpus, load_corpus, split_of, subject_hash
+from manifests.corpora import CORPORA_DIR, STAGES, Corpus, load_corpus, split_of, subject_hash
 from manifests.errors import ConfigError
+from manifests.subjects import SPLITS
 
 NAMES = shipped_names(CORPORA_DIR)
 SHARED = {
