@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.storage import make_folder, upload
 from manifests.shards import TAR_END, ShardEntry, index_bytes
 
 SHARDS_DIR = "shards"
@@ -55,10 +56,19 @@ def _cut(samples: Sequence[Spooled], shard_bytes: int) -> Iterator[list[Spooled]
         yield group
 
 
-def _write_durably(path: Path, content: Iterator[bytes]) -> tuple[int, str]:
-    """Write to a temporary name, flush to the disk, rename; returns the size in bytes and the SHA-256."""
+def index_name(shard: str) -> str:
+    """Path of the index of a shard, relative to the snapshot as the shard's."""
+    return f"{shard.removesuffix('.tar')}.idx"
+
+
+def write_durably(path: Path, content: Iterator[bytes], staging: Path | None) -> tuple[int, str]:
+    """Write to a temporary name, flush to the disk, rename; returns the size in bytes and the SHA-256.
+
+    For a store: write to the local folder `staging`, then upload.
+    """
     # Named after the process: an orphan of a killed run may still write the same bytes to its own file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.with_name(name) if staging is None else staging / name
     sha = hashlib.sha256()
     size = 0
     with temporary.open("wb") as file:
@@ -67,8 +77,13 @@ def _write_durably(path: Path, content: Iterator[bytes]) -> tuple[int, str]:
             sha.update(block)
             size += len(block)
         file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        if staging is None:
+            os.fsync(file.fileno())
+    if staging is None:
+        temporary.replace(path)
+    else:
+        upload(temporary, path)
+        temporary.unlink()
     return size, sha.hexdigest()
 
 
@@ -92,22 +107,21 @@ def _blocks(group: Sequence[Spooled]) -> Iterator[bytes]:
 
 
 def write_shards(
-    samples: Sequence[Spooled], *, output: Path, unit: str, shard_bytes: int
+    samples: Sequence[Spooled], *, output: Path, unit: str, shard_bytes: int, staging: Path | None = None
 ) -> tuple[list[ShardEntry], list[Placed]]:
     """Shards of a unit and the place of every sample, both in writing order.
 
     Tars are named after the unit, so that a repeated run overwrites its own files; `.idx` is renamed before the
-    tar that it belongs to.
+    tar that it belongs to. An output on a store needs `staging`, a local folder for one shard at a time.
     """
-    folder = output / SHARDS_DIR
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(output / SHARDS_DIR)
     entries: list[ShardEntry] = []
     placed: list[Placed] = []
     for number, group in enumerate(_cut(permuted(samples, unit), shard_bytes)):
         name = f"{SHARDS_DIR}/{unit}-{number:05d}.tar"
         offsets = np.concatenate(([0], np.cumsum([sample.num_bytes for sample in group]))).tolist()
-        _write_durably((output / name).with_suffix(".idx"), iter([index_bytes(offsets)]))
-        size, sha = _write_durably(output / name, _blocks(group))
+        write_durably(output / index_name(name), iter([index_bytes(offsets)]), staging)
+        size, sha = write_durably(output / name, _blocks(group), staging)
         entries.append(ShardEntry(path=name, num_bytes=size, sha256=sha, num_samples=len(group), unit=unit))
         placed += [
             Placed(key=sample.key, shard=name, ordinal=ordinal, offset=offset, num_bytes=sample.num_bytes)
