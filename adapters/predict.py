@@ -15,8 +15,8 @@ from adapters.bundle import Bundle
 from adapters.evaluate import collate_task, task_probabilities
 from adapters.layout import TaskRecord
 from adapters.tasks import chosen_symbols, lacking
+from manifests.annotations import STAGES
 from manifests.config import write_atomically
-from manifests.corpora import STAGES
 from manifests.errors import ContractError, RecordingError
 from manifests.recipes import KindRule
 from trainer.read import Window

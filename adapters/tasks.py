@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from manifests.annotations import STAGES
 from manifests.channels import KINDS
 from manifests.config import load_shipped
-from manifests.corpora import STAGES
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 

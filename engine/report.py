@@ -24,7 +24,7 @@ from engine.report_data import (
     unresolved_labels,
 )
 from engine.report_figures import draw_coverage, draw_hours, draw_labels, draw_losses, draw_training
-from manifests.corpora import STAGES
+from manifests.annotations import STAGES
 
 logger = logging.getLogger(__name__)
 

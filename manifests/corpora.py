@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from manifests.annotations import AnnotationRule, check_rules, rules_of
 from manifests.channels import Unresolved, resolve
 from manifests.config import load_shipped
 from manifests.errors import ConfigError
@@ -32,44 +33,10 @@ ReaderName = Literal[
     "arrays",
     "dicom",
 ]
-STAGES = ("W", "N1", "N2", "N3", "R", "?")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AnnotationRule(_Strict):
-    """Where labels stand and what they mean.
-
-    Attributes:
-        source: `none`; `edf` (annotations in the file); `edf_file` (a second EDF+ file); `wfdb` (an annotation
-            file); `header_dx` (the `Dx` comment of a WFDB header); `text_codes` (one code per epoch);
-            `filename` (a named group `label` in `pattern`).
-        pattern: For `edf_file`, `wfdb` and `text_codes`: path of the second file, relative to the recording's
-            folder, with `{stem}` for the recording's stem and `{subject}` for its subject; for `filename`: a
-            regular expression with the group `label`.
-        map: Raw text to canonical label; null = known and left out. Texts that are not listed are counted.
-        epoch_s: Length in seconds of one code of `text_codes`.
-        target: `stage` (canonical stages), `classes` (labels of the whole recording), `events` (intervals; a
-            window is labelled with the class of the event that covers its start).
-    """
-
-    source: Literal["none", "edf", "edf_file", "wfdb", "header_dx", "text_codes", "filename"] = "none"
-    pattern: str | None = None
-    map: dict[str, str | None] = {}
-    epoch_s: Annotated[int, Field(gt=0)] = 30
-    target: Literal["stage", "classes", "events"] = "stage"
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> "AnnotationRule":
-        if self.source in {"edf_file", "wfdb", "text_codes", "filename"} and not self.pattern:
-            raise ValueError(f"source {self.source!r} needs a pattern")
-        if self.target == "stage":
-            unknown = sorted({value for value in self.map.values() if value} - set(STAGES))
-            if unknown:
-                raise ValueError(f"map: {', '.join(unknown)} not among the stages {', '.join(STAGES)}")
-        return self
 
 
 class Expected(_Strict):
@@ -125,6 +92,7 @@ class Corpus(_Strict):
         subject_group: Salt of the subject's hash; corpora that share persons share it.
         channels: Exact labels and their symbols; null = known and left out on purpose.
         mains_hz: Line frequency; null where it is not known or not the same everywhere.
+        annotations: Where labels stand: one rule, or a list for stages from one file and events from another.
         split: Strict split: a person, and a family, is in one part only.
         published: Splits of the literature by name, the official one first. They may leak; the file says where.
         known_bad: Path, or its end with `*` for any text, and why the recording is left out.
@@ -150,7 +118,7 @@ class Corpus(_Strict):
     units: dict[str, str] = {}
     polarity: dict[str, Literal["as_recorded", "suspect", "flipped"]] = {}
     mains_hz: Literal[50, 60] | None = None
-    annotations: AnnotationRule = AnnotationRule()
+    annotations: AnnotationRule | tuple[AnnotationRule, ...] = AnnotationRule()
     layout: dict[str, Any] = {}
     split: SplitRule = SplitRule()
     published: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], SplitRule] = {}
@@ -172,6 +140,13 @@ class Corpus(_Strict):
                 )
         return value
 
+    @field_validator("annotations")
+    @classmethod
+    def _one_hypnogram(
+        cls, value: AnnotationRule | tuple[AnnotationRule, ...]
+    ) -> AnnotationRule | tuple[AnnotationRule, ...]:
+        return check_rules(value)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Corpus":
         if reserved := {"strict", "published"} & set(self.published):
@@ -184,9 +159,14 @@ class Corpus(_Strict):
         return self
 
     @property
+    def annotation_rules(self) -> tuple[AnnotationRule, ...]:
+        """Rules of `annotations`, one or several."""
+        return rules_of(self.annotations)
+
+    @property
     def side_files(self) -> tuple[str, ...]:
-        """Globs under the root of the tables that persons and splits are looked up in."""
-        lookups = (self.subject.table, self.split.column)
+        """Globs under the root of the tables that persons, splits and labels are looked up in."""
+        lookups = (self.subject.table, self.split.column, *(rule.labels for rule in self.annotation_rules))
         return tuple(sorted({lookup.file for lookup in lookups if lookup is not None}))
 
     def reader_of(self, path: str | Path) -> ReaderName:

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from manifests.annotations import STAGES
 from manifests.channels import ChannelTag, resolve
 from manifests.config import shipped_names
-from manifests.corpora import CORPORA_DIR, STAGES, Corpus, load_corpus, split_of, subject_hash
+from manifests.corpora import CORPORA_DIR, Corpus, load_corpus, split_of, subject_hash
 from manifests.errors import ConfigError
 from manifests.subjects import SPLITS
 
