@@ -1,7 +1,7 @@
 """Recorded hours converted per CPU-second: kymo beside a plain mne + h5py script on the same synthetic night.
 
 Both read the same EDF (8 h: 6 EEG/EOG and 2 EMG at 256 Hz, ECG at 512 Hz, 4 respiration at 32 Hz), apply the band
-and notch of recipe psg128, resample to 128 Hz, cut 30-s windows and write them. The script does what scripts of
+and notch of recipe sleep128, resample to 128 Hz, cut 30-s windows and write them. The script does what scripts of
 this field do: one mne Raw per rate (a single one would upsample every channel to 512 Hz and take minutes), FIR
 filters with mne's defaults, one HDF5 data set per kind and gzip level 4.
 
@@ -78,7 +78,7 @@ def convert_with_kymo(folder: Path, output: Path) -> None:
         ),
         encoding="utf-8",
     )
-    config = ConvertConfig(output=output, recipe="psg128", sources=[Source(corpus=str(corpus), root=folder)])
+    config = ConvertConfig(output=output, recipe="sleep128", sources=[Source(corpus=str(corpus), root=folder)])
     result = convert_all(config)
     if result.snapshot is None:
         raise SystemExit(f"kymo rejected the night: {result.quarantine}")
@@ -86,7 +86,7 @@ def convert_with_kymo(folder: Path, output: Path) -> None:
 
 def convert_with_mne(path: Path, output: Path) -> None:
     """The plain script."""
-    recipe = load_recipe("psg128")
+    recipe = load_recipe("sleep128")
     by_kind: dict[str, list[str]] = defaultdict(list)
     for label, (kind, *_) in SIGNALS.items():
         by_kind[kind].append(label)

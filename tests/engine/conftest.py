@@ -22,7 +22,7 @@ def conversion_of(root: Path, output: Path) -> ConvertConfig:
     """Conversion of the tiny nights into several units of several shards; one of four recordings is broken."""
     return ConvertConfig(
         output=output,
-        recipe="psg128",
+        recipe="sleep128",
         sources=[Source(corpus="synthetic_psg", root=root)],
         num_cpus=1,
         unit_bytes=2_500_000,

@@ -273,7 +273,7 @@ def test_real_recordings_of_several_corpora_share_a_snapshot(shared_data: Path, 
     }
     config = ConvertConfig(
         output=tmp_path / "out",
-        recipe="psg128",
+        recipe="sleep128",
         sources=[Source(corpus=name, root=shared_data / folder) for name, folder in sources.items()],
     )
     result = convert.convert_all(config)

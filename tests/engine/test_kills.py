@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConvertConfig:
     synthesise(root, num_subjects=8, num_ecg=1, night_minutes=20)
     return ConvertConfig(
         output=tmp_path_factory.mktemp("whole") / "shards",
-        recipe="psg128",
+        recipe="sleep128",
         sources=[Source(corpus="synthetic_psg", root=root)],
         num_cpus=2,
         unit_bytes=4_000_000,

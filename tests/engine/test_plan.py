@@ -11,7 +11,7 @@ from manifests.corpora import load_corpus
 from manifests.errors import ContractError
 from manifests.recipes import load_recipe
 
-RECIPE = load_recipe("psg128")
+RECIPE = load_recipe("sleep128")
 CHANNELS = (ScanChannel(symbol="eeg:C3-M2", kind="eeg", rate=Fraction(256), unit="uV"),)
 
 
@@ -33,7 +33,7 @@ def scan_of(names: list[str]) -> ScanResult:
 
 
 def config(**changes: object) -> ConvertConfig:
-    values = {"output": Path("out"), "recipe": "psg128", "unit_bytes": 25_000_000, **changes}
+    values = {"output": Path("out"), "recipe": "sleep128", "unit_bytes": 25_000_000, **changes}
     return ConvertConfig.model_validate({"sources": [Source(corpus="synthetic_psg", root=Path())], **values})
 
 
@@ -83,7 +83,7 @@ def test_a_changed_input_supersedes_its_own_unit_only() -> None:
 def test_what_decides_the_bytes_decides_the_unit(change: dict[str, object]) -> None:
     scan = scan_of(["a.edf"])
     first = plan(scan, RECIPE, config())
-    recipe = load_recipe(str(change.get("recipe", "psg128")))
+    recipe = load_recipe(str(change.get("recipe", "sleep128")))
     second = plan(scan, recipe, config(**change), existing=first)
     assert {unit.id for unit in first}.isdisjoint(unit.id for unit in second)
 

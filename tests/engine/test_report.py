@@ -33,7 +33,7 @@ def snapshot(tmp_path_factory):
     synthesise(root / "recordings", num_subjects=3, num_ecg=1, night_minutes=10, seed=1)
     config = ConvertConfig(
         output=root / "shards",
-        recipe="psg128",
+        recipe="sleep128",
         sources=[Source(corpus="synthetic_psg", root=root / "recordings")],
         quarantine_budget=0.5,
     )

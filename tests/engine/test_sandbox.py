@@ -50,7 +50,7 @@ def job(tmp_path: Path, name: str, root: Path | None = None) -> Job:
         path=root / name,
         root=root,
         corpus=load_corpus("synthetic_psg"),
-        recipe=load_recipe("psg128"),
+        recipe=load_recipe("sleep128"),
         spool=tmp_path / "spool.bin",
     )
 
@@ -134,7 +134,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         sandbox = Sandbox(time_limit_s=60, memory_limit_gb=1, module="evil_decoder")
         here = Path(sys.argv[1])
         job = lambda name: Job(path=here / name, root=here, corpus=load_corpus("synthetic_psg"),
-                               recipe=load_recipe("psg128"), spool=here / "spool")
+                               recipe=load_recipe("sleep128"), spool=here / "spool")
         print(sandbox.convert(job("good"))["pid"], flush=True)
         sandbox.convert(job("hang"))
     """)

@@ -40,7 +40,7 @@ def physical(sample: Sample, kind: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def night(tiny_root: Path) -> list[Sample]:
-    return windows("synthetic_psg", "psg128", tiny_root, "psg/sub-001/sub-001_psg.edf")
+    return windows("synthetic_psg", "sleep128", tiny_root, "psg/sub-001/sub-001_psg.edf")
 
 
 def test_windows_tile_the_recording(night: list[Sample]) -> None:
@@ -124,7 +124,7 @@ def test_flat_and_clipped_stretches_are_found_and_lower_the_quality(tmp_path: Pa
     flat[30 * 128 : 45 * 128] = 3.0
     clipped[60 * 128 : 60 * 128 + 640] = 400.0
     write_edf(tmp_path / "a.edf", {"C3-M2": flat, "C4-M1": clipped}, 128)
-    recipe = load_recipe("psg128")
+    recipe = load_recipe("sleep128")
     first, second, third = windows(own_corpus(), recipe, tmp_path, "a.edf")
     assert first.meta["quality"] == 1.0
     assert second.meta["ucs"]["eeg"][0]["flat"] == pytest.approx(0.5, abs=0.04)
@@ -139,7 +139,7 @@ def test_flat_and_clipped_stretches_are_found_and_lower_the_quality(tmp_path: Pa
 def test_labelled_windows_only(tmp_path: Path) -> None:
     write_edf(tmp_path / "a.edf", {"C3-M2": noise(60)}, 128)
     losses = Losses()
-    recipe = load_recipe("psg128").model_copy(update={"keep": "labelled"})
+    recipe = load_recipe("sleep128").model_copy(update={"keep": "labelled"})
     assert windows(own_corpus(), recipe, tmp_path, "a.edf", losses) == []
     assert losses.dropped["unlabelled"] == 2
 
@@ -153,7 +153,7 @@ def test_roles_overrides_units_and_polarity_of_the_corpus(tmp_path: Path) -> Non
         units={"EEG2": "10 uV"},
         polarity={"EEG2": "flipped"},
     )
-    (sample,) = windows(corpus, "psg128", tmp_path, "a.edf", losses)
+    (sample,) = windows(corpus, "sleep128", tmp_path, "a.edf", losses)
     known, other = sample.meta["ucs"]["eeg"]
     assert [known["symbol"], other["symbol"]] == ["eeg:C3-M2", "eeg:C4-M1"]
     assert other["sd"] == pytest.approx(10 * known["sd"], rel=0.2)
@@ -173,14 +173,14 @@ def test_roles_overrides_units_and_polarity_of_the_corpus(tmp_path: Path) -> Non
 def test_a_recording_that_gives_nothing_is_refused(tmp_path: Path, signals: dict[str, np.ndarray], reason: str) -> None:
     write_edf(tmp_path / "a.edf", signals, 128)
     with pytest.raises(RecordingError) as error:
-        windows(own_corpus(), "psg128", tmp_path, "a.edf")
+        windows(own_corpus(), "sleep128", tmp_path, "a.edf")
     assert error.value.reason == reason
 
 
 def test_known_bad_recordings_are_refused_with_their_reason(tmp_path: Path) -> None:
     write_edf(tmp_path / "a.edf", {"C3-M2": noise(30)}, 128)
     with pytest.raises(RecordingError, match="electrode fell off") as error:
-        windows(own_corpus(known_bad={"a.edf": "electrode fell off"}), "psg128", tmp_path, "a.edf")
+        windows(own_corpus(known_bad={"a.edf": "electrode fell off"}), "sleep128", tmp_path, "a.edf")
     assert error.value.reason == "KNOWN_BAD"
 
 
@@ -188,7 +188,7 @@ def test_two_recordings_never_share_a_key(tmp_path: Path) -> None:
     corpus = own_corpus(files=["**/*.edf"], subject={"pattern": r"(?P<subject>a)\.edf$"})
     for name in ("one/a.edf", "two/a.edf"):
         write_edf(tmp_path / name, {"C3-M2": noise(30)}, 128)
-    keys = {windows(corpus, "psg128", tmp_path, name)[0].key for name in ("one/a.edf", "two/a.edf")}
+    keys = {windows(corpus, "sleep128", tmp_path, name)[0].key for name in ("one/a.edf", "two/a.edf")}
     assert len(keys) == 2
 
 
@@ -206,7 +206,7 @@ def test_windows_stay_inside_segments_and_on_the_grid(monkeypatch: pytest.Monkey
     monkeypatch.setattr("engine.windows.read_signals", lambda *_: [ramp.copy()])
     monkeypatch.setattr("engine.windows.harmonise", lambda signal, **_: signal)
     losses = Losses()
-    first, second = windows(own_corpus(), "psg128", tmp_path, "a.edf", losses)
+    first, second = windows(own_corpus(), "sleep128", tmp_path, "a.edf", losses)
     assert [first.meta["start"], second.meta["start"]] == [0, 120 * 128]
     # 120 s lie 20 s into the second segment, which begins 40 s into the joined signal
     assert physical(second, "eeg")[0, 0] == pytest.approx(60 * 128, abs=1)
@@ -249,11 +249,11 @@ def test_a_declared_unit_may_carry_a_factor() -> None:
         (("eegmmidb", "eeg200", "eegmmidb"), "S001/S001R01.edf", 15, {"eeg": (64, 800)}),
         (("mitdb", "ecg128", "mitdb"), "100.hea", 180, {"ecg": (2, 1280)}),
         (("challenge2021", "ecg128", "challenge2021_12lead"), "A/A0689.hea", 1, {"ecg": (12, 1280)}),
-        (("ucddb_epochs", "psg128", "ucddb_epochs"), "ucd018_C3A2_reassembled.edf", 822, {"eeg": (1, 3840)}),
-        (("ucddb_epochs_mat", "psg128", "ucddb_epochs"), "ucd002_stagedeep.mat", 87, {"eeg": (1, 3840)}),
-        (("dreams_spindles", "psg128", "dreams_spindles"), "excerpt1.txt", 60, {"eeg": (1, 3840)}),
+        (("ucddb_epochs", "sleep128", "ucddb_epochs"), "ucd018_C3A2_reassembled.edf", 822, {"eeg": (1, 3840)}),
+        (("ucddb_epochs_mat", "sleep128", "ucddb_epochs"), "ucd002_stagedeep.mat", 87, {"eeg": (1, 3840)}),
+        (("dreams_spindles", "sleep128", "dreams_spindles"), "excerpt1.txt", 60, {"eeg": (1, 3840)}),
         (
-            ("dreams_psg", "psg128", "dreams_spindles"),
+            ("dreams_psg", "sleep128", "dreams_spindles"),
             "excerpt3.edf",
             60,
             {"eeg": (3, 3840), "eog": (2, 3840), "emg": (1, 3840), "ecg": (1, 3840), "resp": (3, 3840)},
@@ -275,9 +275,9 @@ def test_real_recordings(
 def test_real_labels(shared_data: Path) -> None:
     ecg = windows("challenge2021", "ecg128", shared_data / "challenge2021_12lead", "A/A0689.hea")
     assert ecg[0].meta["labels"]["classes"] == ["164889003"]
-    night = windows("ucddb_epochs", "psg128", shared_data / "ucddb_epochs", "ucd018_C3A2_reassembled.edf")
+    night = windows("ucddb_epochs", "sleep128", shared_data / "ucddb_epochs", "ucd018_C3A2_reassembled.edf")
     codes = (shared_data / "ucddb_epochs/ucddb018_stage.txt").read_text(encoding="ascii").split()
     names = {"0": "W", "1": "R", "2": "N1", "3": "N2", "4": "N3", "5": "N3"}
     assert [sample.meta["labels"]["stage"][0] for sample in night] == [names[code] for code in codes]
-    deep = windows("ucddb_epochs_mat", "psg128", shared_data / "ucddb_epochs", "ucd002_stagedeep.mat")
+    deep = windows("ucddb_epochs_mat", "sleep128", shared_data / "ucddb_epochs", "ucd002_stagedeep.mat")
     assert {tuple(sample.meta["labels"]["stage"]) for sample in deep} == {("N3",)}

@@ -80,7 +80,7 @@ def test_scan_works_without_a_corpus_file(capsys: pytest.CaptureFixture[str], re
 def test_plan_writes_nothing(capsys: pytest.CaptureFixture[str], recordings: Path, tmp_path: Path) -> None:
     config = tmp_path / "convert.yaml"
     sources = [{"corpus": "synthetic_psg", "root": str(recordings)}]
-    config.write_text(dump_yaml({"output": str(tmp_path / "out"), "recipe": "psg128", "sources": sources}))
+    config.write_text(dump_yaml({"output": str(tmp_path / "out"), "recipe": "sleep128", "sources": sources}))
     code, text = run(capsys, "plan", config, "unit_bytes=1000000")
     assert code == 0
     assert "units, 0.33 h" in text
@@ -89,7 +89,7 @@ def test_plan_writes_nothing(capsys: pytest.CaptureFixture[str], recordings: Pat
 
 def test_a_wrong_key_ends_with_code_2_and_the_nearest_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "convert.yaml"
-    config.write_text(dump_yaml({"output": "o", "recipe": "psg128", "sources": [], "num_cpu": 2}))
+    config.write_text(dump_yaml({"output": "o", "recipe": "sleep128", "sources": [], "num_cpu": 2}))
     code, text = run(capsys, "convert", config)
     assert code == 2
     assert "num_cpu: no such key; nearest: num_cpus" in text

@@ -33,11 +33,11 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Bundle of both tasks after two steps: it predicts, not well."""
     root = tmp_path_factory.mktemp("bundle")
-    for corpus, recipe in (("synthetic_psg", "psg128"), ("synthetic_ecg", "ecg128")):
+    for corpus, recipe in (("synthetic_psg", "sleep128"), ("synthetic_ecg", "ecg128")):
         source = {"corpus": corpus, "root": str(recordings)}
         settings = {"output": str(root / recipe), "recipe": recipe, "sources": [source], "quarantine_budget": 0.5}
         convert_all(ConvertConfig.model_validate(settings))
-    recipes = {name: load_recipe(name).model_dump(mode="json") for name in ("psg128", "ecg128")}
+    recipes = {name: load_recipe(name).model_dump(mode="json") for name in ("sleep128", "ecg128")}
     encoder = SleepEncoder(SleepEncoderConfig(width=16, depth=1, num_heads=2))
     save_encoder(root / "encoder", encoder, recipes=recipes, step=0)
     result = adapt(
@@ -45,7 +45,7 @@ def bundle(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
             run_dir=str(root / "run"),
             encoder=str(root / "encoder"),
             tasks=[
-                TaskRun(task="sleep_staging", snapshots=[str(root / "psg128")], batch=4),
+                TaskRun(task="sleep_staging", snapshots=[str(root / "sleep128")], batch=4),
                 TaskRun(task="rhythm", snapshots=[str(root / "ecg128")], batch=4),
             ],
             steps=2,

@@ -22,9 +22,9 @@ def test_every_shipped_recipe_validates(name: str) -> None:
 
 
 def test_the_recipes_that_others_build_on_are_there() -> None:
-    assert {"psg128", "ecg128", "eeg200"} <= set(shipped_names(RECIPES_DIR))
-    assert load_recipe("psg128").window_s == 30
-    assert {rule.rate_hz for rule in load_recipe("psg128").kinds.values()} == {128}
+    assert {"sleep128", "ecg128", "eeg200"} <= set(shipped_names(RECIPES_DIR))
+    assert load_recipe("sleep128").window_s == 30
+    assert {rule.rate_hz for rule in load_recipe("sleep128").kinds.values()} == {128}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_wrong_recipe_is_refused(changes: dict[str, object], message: str) -> 
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'psg1': not shipped; known: .*psg128"):
+    with pytest.raises(ConfigError, match=r"'psg1': not shipped; known: .*sleep128"):
         load_recipe("psg1")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
