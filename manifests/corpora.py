@@ -90,6 +90,7 @@ class Corpus(_Strict):
         access_kind: `open` (download), `registered` (an account and a click), `agreement` (a signed form or DUA).
         readers: Readers by suffix, for a corpus of several formats; `reader` reads the rest.
         subject_group: Salt of the subject's hash; corpora that share persons share it.
+        inherit: Keys taken from another corpus file, own entries on top; one fact then stands in one file.
         channels: Exact labels and their symbols; null = known and left out on purpose.
         mains_hz: Line frequency; null where it is not known or not the same everywhere.
         annotations: Where labels stand: one rule, or a list for stages from one file and events from another.
@@ -114,6 +115,7 @@ class Corpus(_Strict):
     subject: SubjectRule
     subject_group: str | None = None
     overlaps: dict[str, Overlap] = {}
+    inherit: dict[Literal["channels", "polarity", "annotations", "published"], str] = {}
     channels: dict[str, str | None] = {}
     units: dict[str, str] = {}
     polarity: dict[str, Literal["as_recorded", "suspect", "flipped"]] = {}
@@ -200,7 +202,12 @@ def load_corpus(name_or_path: str | Path) -> Corpus:
     Raises:
         ConfigError: No such corpus, or a file that breaks the schema.
     """
-    return load_shipped(Corpus, CORPORA_DIR, name_or_path, noun="corpus")
+    corpus = load_shipped(Corpus, CORPORA_DIR, name_or_path, noun="corpus")
+    inherited: dict[str, Any] = {}
+    for key, name in corpus.inherit.items():
+        theirs, ours = getattr(load_corpus(name), key), getattr(corpus, key)
+        inherited[key] = {**theirs, **ours} if isinstance(theirs, dict) else theirs
+    return corpus.model_copy(update=inherited)
 
 
 def subject_hash(corpus: Corpus, subject: str) -> str:
