@@ -1,9 +1,7 @@
 """The ledger of a conversion: one commit per unit, written last; whatever has no valid commit is pending."""
 
-import fcntl
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.heartbeat import BEAT_SUFFIX, PROGRESS_DIR, read_progress
 from engine.plan import PLAN_FILE, Unit
-from engine.shardwriter import SHARDS_DIR
+from engine.shardwriter import SHARDS_DIR, index_name
+from engine.storage import is_remote, sizes_in, work_folder
 from manifests.config import write_atomically
-from manifests.errors import ConfigError, ContractError
+from manifests.errors import ContractError
 from manifests.shards import SAMPLE_COLUMNS, SNAPSHOT_FILE, ShardEntry
 
 COMMITS_DIR = "commits"
-WORK_DIR = "work"
-LOCK_FILE = ".lock"
 
 
 class _Strict(BaseModel):
@@ -142,24 +139,43 @@ def write_commit(output: Path, commit: Commit, rows: Sequence[Mapping[str, Any]]
     write_atomically(commit_path(output, commit.unit), commit.model_dump_json(indent=1) + "\n")
 
 
-def read_commit(output: Path, unit: str) -> Commit | None:
-    """Commit of a unit if it is valid: its shards, indexes and sample rows stand there with their sizes."""
-    path = commit_path(output, unit)
-    if not path.exists():
+def sizes_of(output: Path) -> dict[str, int] | None:
+    """Sizes in bytes of shards and commits by their path, by two listings; None on a disk, where asking is free."""
+    if not is_remote(output):
         return None
+    return {
+        f"{folder}/{name}": size
+        for folder in (SHARDS_DIR, COMMITS_DIR)
+        for name, size in sizes_in(output / folder).items()
+    }
+
+
+def _has_size(output: Path, name: str, size: int, sizes: Mapping[str, int] | None) -> bool:
+    if sizes is not None:
+        return sizes.get(name) == size
+    path = output / name
+    return path.is_file() and path.stat().st_size == size
+
+
+def read_commit(output: Path, unit: str, sizes: Mapping[str, int] | None = None) -> Commit | None:
+    """Commit of a unit if it is valid: its shards, indexes and sample rows stand there with their sizes.
+
+    `sizes` are those of `sizes_of`, for whoever asks for many units on a store.
+    """
+    path = commit_path(output, unit)
     try:
         commit = Commit.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise ContractError(
             f"{path}: not a commit of this kymo ({error}); remove it to convert its unit again"
         ) from None
-    wanted = {samples_path(output, unit): commit.samples_bytes}
+    wanted = {f"{COMMITS_DIR}/{samples_path(output, unit).name}": commit.samples_bytes}
     for shard in commit.shards:
-        wanted[output / shard.path] = shard.num_bytes
-        wanted[(output / shard.path).with_suffix(".idx")] = 8 * (shard.num_samples + 1)
-    if any(not name.is_file() or name.stat().st_size != size for name, size in wanted.items()):
-        return None
-    return commit
+        wanted[shard.path] = shard.num_bytes
+        wanted[index_name(shard.path)] = 8 * (shard.num_samples + 1)
+    return commit if all(_has_size(output, name, size, sizes) for name, size in wanted.items()) else None
 
 
 def pending(output: Path, units: Sequence[Unit], limits: Limits) -> list[Unit]:
@@ -167,53 +183,46 @@ def pending(output: Path, units: Sequence[Unit], limits: Limits) -> list[Unit]:
 
     A unit also counts as pending when it rejected a recording that higher limits or other code may let pass.
     """
-    return [unit for unit in units if _is_pending(read_commit(output, unit.id), limits)]
+    sizes = sizes_of(output)
+    return [unit for unit in units if _is_pending(read_commit(output, unit.id, sizes), limits)]
 
 
 def _is_pending(commit: Commit | None, limits: Limits) -> bool:
     return commit is None or any(limits.may_change(item.reason, commit.limits) for item in commit.quarantine)
 
 
-def remove_leftovers(output: Path, units: Sequence[Unit]) -> list[Path]:
+def remove_leftovers(output: Path, units: Sequence[Unit], *, work: Path | None = None) -> list[Path]:
     """Remove what no valid commit of the plan stands for, and return it.
 
-    That is temporary files, half-written shards, spool files and whatever superseded units have left. A snapshot
-    that names a superseded unit goes first: it is no longer true.
+    That is temporary files, half-written shards, heartbeats, spool files (in `work`, see `storage.work_folder`) and
+    whatever superseded units have left. A snapshot that names a superseded unit goes first: it is no longer true.
     """
-    superseded = {path.name[7:-5] for path in (output / COMMITS_DIR).glob("commit-*.json")} - {
-        unit.id for unit in units
-    }
+    superseded = {
+        name[7:-5] for name in sizes_in(output / COMMITS_DIR) if name.startswith("commit-") and name.endswith(".json")
+    } - {unit.id for unit in units}
     if superseded:
         (output / SNAPSHOT_FILE).unlink(missing_ok=True)
-    done = {unit.id for unit in units if read_commit(output, unit.id) is not None}
-    removed: list[Path] = []
-    for folder in (SHARDS_DIR, COMMITS_DIR, PROGRESS_DIR):
-        for path in sorted((output / folder).glob("*")) + sorted((output / folder).glob(".*.tmp")):
-            unit = path.stem.removeprefix("commit-").removeprefix("samples-").split("-")[0]
-            if path.name.startswith(".") or path.suffix == BEAT_SUFFIX or unit not in done:
-                path.unlink(missing_ok=True)
-                removed.append(path)
-    for path in sorted((output / WORK_DIR).glob("*")):
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path)
-    for path in sorted(output.glob(".*.tmp")):
+    sizes = sizes_of(output)
+    done = {unit.id for unit in units if read_commit(output, unit.id, sizes) is not None}
+    removed = [
+        output / folder / name
+        for folder in (SHARDS_DIR, COMMITS_DIR, PROGRESS_DIR)
+        for name in sorted(sizes_in(output / folder))
+        if name.startswith(".") or name.endswith(BEAT_SUFFIX) or _unit_of(name) not in done
+    ]
+    removed += [output / name for name in sorted(sizes_in(output)) if name.startswith(".") and name.endswith(".tmp")]
+    for path in removed:
         path.unlink(missing_ok=True)
+    for path in sorted((work or work_folder(output)).glob("*")):
+        shutil.rmtree(path, ignore_errors=True)
         removed.append(path)
     return removed
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the output folder for one conversion; the lock ends with the process, however that ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK_FILE).open("a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{output}: another kymo convert is writing here; wait for it or choose another output"
-            ) from None
-        yield
+def _unit_of(name: str) -> str:
+    """Unit of a file: `commit-UNIT.json`, `samples-UNIT.parquet`, `UNIT-00000.tar`, `UNIT.jsonl`."""
+    stem = name.rpartition(".")[0]
+    return stem.removeprefix("commit-").removeprefix("samples-").split("-")[0]
 
 
 def read_commits(output: Path, units: Sequence[Unit]) -> list[Commit]:
@@ -222,7 +231,8 @@ def read_commits(output: Path, units: Sequence[Unit]) -> list[Commit]:
     Raises:
         ContractError: A unit has none.
     """
-    commits = {unit.id: read_commit(output, unit.id) for unit in units}
+    sizes = sizes_of(output)
+    commits = {unit.id: read_commit(output, unit.id, sizes) for unit in units}
     missing = sorted(unit for unit, commit in commits.items() if commit is None)
     if missing:
         last = [line for unit in missing for line in progress_errors(output, unit)]

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from engine.storage import Location
+
 # Part of every unit's id: raise it when the same input would give other bytes.
 ENGINE_VERSION = 1
 
@@ -14,17 +16,17 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """One corpus (shipped name or path of a YAML) and the folder that holds its recordings."""
+    """One corpus (shipped name or path of a YAML) and the folder or URL that holds its recordings."""
 
     corpus: str
-    root: Path
+    root: Location
 
 
 class ConvertConfig(_Strict):
     """One conversion.
 
     Attributes:
-        output: Folder of the snapshot.
+        output: Folder of the snapshot, or its URL on an object store (`s3://bucket/folder`).
         recipe: Name of a shipped recipe, or path of a YAML.
         sources: Corpora with their folders; a corpus stands once.
         num_cpus: Converting actors; null = all cores.
@@ -35,9 +37,12 @@ class ConvertConfig(_Strict):
         quarantine_budget: Share of quarantined recordings above which the result is refused; recordings that
             a corpus lists as known bad do not count.
         seed: Order in which recordings are dealt to units.
+        scratch: Folder on a local disk for spool files and copies of inputs from a store; null = `work` in a local
+            output, the system's temporary folder for an output on a store. Each actor needs room for the output of
+            one unit, one shard and the largest recording.
     """
 
-    output: Path
+    output: Location
     recipe: str
     sources: Annotated[list[Source], Field(min_length=1)]
     num_cpus: Annotated[int, Field(gt=0)] | None = None
@@ -47,6 +52,7 @@ class ConvertConfig(_Strict):
     memory_limit_gb: Annotated[float, Field(gt=0)] = 4.0
     quarantine_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     seed: int = 0
+    scratch: Path | None = None
 
     @field_validator("sources")
     @classmethod

@@ -12,25 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from engine.commit import (
-    WORK_DIR,
     Commit,
     Counts,
     Input,
     Limits,
     Quarantined,
     UnresolvedLabel,
-    locked,
     pending,
     remove_leftovers,
     write_commit,
 )
 from engine.config import ConvertConfig
+from engine.copies import local_copy
 from engine.finalise import ConvertResult, finalise
-from engine.heartbeat import Pulse, read_progress
+from engine.heartbeat import PROGRESS_DIR, Pulse, progress_path, read_progress
+from engine.lock import locked
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
 from engine.sandbox import Job, Sandbox
 from engine.scan import ScanResult, load_sources, scan
 from engine.shardwriter import Spooled, write_shards
+from engine.storage import is_remote, sizes_in, work_folder, writable
 from engine.windows import recording_id
 from manifests.config import code_digest, start_run
 from manifests.corpora import Corpus
@@ -115,9 +116,8 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
     answer: dict[str, Any] = {"rows": [], "sha256": {}}
     reason = ""
     try:
-        answer = sandbox.convert(
-            Job(path=root / item.path, root=root, corpus=corpus, recipe=context.recipe, spool=spool)
-        )
+        with local_copy(root / item.path, root, corpus, work=spool.parent) as (path, local_root):
+            answer = sandbox.convert(Job(path=path, root=local_root, corpus=corpus, recipe=context.recipe, spool=spool))
         num_windows = len(answer["rows"])
         _take(tally, item, answer, spool)
     except RecordingError as error:
@@ -183,11 +183,11 @@ def convert_unit(
     """Shards, sample rows and, last, the commit of one unit; returns a small row that tells what was done."""
     began = time.monotonic()
     output = context.config.output
-    work = output / WORK_DIR / f"{unit.id}-{os.getpid()}"
-    work.mkdir(parents=True, exist_ok=True)
+    work = work_folder(output, context.config.scratch) / f"{unit.id}-{os.getpid()}"
     tally = _Tally([], [], [], {}, Counter(), Counter(), Counter())
     try:
-        with Pulse(output, unit.id, len(unit.recordings)) as pulse:
+        work.mkdir(parents=True, exist_ok=True)
+        with writable(output), Pulse(output, unit.id, len(unit.recordings)) as pulse:
             for number, item in enumerate(unit.recordings):
                 pulse.at(number)
                 spool = work / f"{number:06d}.bin"
@@ -197,7 +197,11 @@ def convert_unit(
                     after_recording()
             pulse.at(None)
             shards, placed = write_shards(
-                tally.samples, output=output, unit=unit.id, shard_bytes=context.config.shard_bytes
+                tally.samples,
+                output=output,
+                unit=unit.id,
+                shard_bytes=context.config.shard_bytes,
+                staging=work if is_remote(output) else None,
             )
         commit = _commit_of(unit, tally, shards, limits_of(context.config), time.monotonic() - began)
         write_commit(output, commit, [{**tally.rows[place.key], **asdict(place)} for place in placed])
@@ -209,7 +213,7 @@ def convert_unit(
 def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
     """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
     start_run(config.output, config)
-    result = scan(config.sources)
+    result = scan(config.sources, work=work_folder(config.output, config.scratch))
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
         patterns = ", ".join(result.corpora[name].files)
         raise ConfigError(f"{name}: no file matches {patterns} under its root; check sources.root")
@@ -222,7 +226,7 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
             )
     units = plan(result, load_recipe(config.recipe), config, existing=read_plan(config.output))
     write_plan(config.output, units)
-    removed = remove_leftovers(config.output, units)
+    removed = remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch))
     if removed:
         logger.info("%s: removed %d files of an interrupted or superseded run", config.output, len(removed))
     return result, units
@@ -239,10 +243,20 @@ class Progress:
         self._num_total = sum(len(unit.recordings) for unit in units)
         self._before_s = self._total_s - sum(unit.seconds for unit in todo)
         self._num_before = self._num_total - sum(len(unit.recordings) for unit in todo)
+        self._seen: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Rows of all pending units; only files that grew are read again."""
+        sizes = sizes_in(self._output / PROGRESS_DIR)
+        for unit in self._todo:
+            size = sizes.get(progress_path(self._output, unit.id).name, 0)
+            if size != self._seen.get(unit.id, (0, []))[0]:
+                self._seen[unit.id] = size, read_progress(self._output, unit.id)
+        return [row for _, rows in self._seen.values() for row in rows if "seconds" in row]
 
     def row(self) -> ProgressRow:
         """Where the conversion stands now."""
-        rows = [row for unit in self._todo for row in read_progress(self._output, unit.id) if "seconds" in row]
+        rows = self._rows()
         run_s = sum(row["seconds"] for row in rows)
         done_s = self._before_s + run_s
         speed = run_s / max(1e-9, time.monotonic() - self._began)
@@ -264,7 +278,7 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
         ConfigError: Wrong configuration, or another conversion writes to the same folder.
         ContractError: A unit ended without a commit, or an earlier result is damaged.
     """
-    with locked(config.output):
+    with locked(config.output) as check_lock:
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config))
         meter = Progress(config.output, units, todo)
@@ -277,4 +291,5 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
                     sandbox=sandbox,
                     after_recording=None if progress is None else lambda: progress(meter.row()),
                 )
+        check_lock()
         return finalise(config, units)

@@ -2,34 +2,84 @@
 
 import hashlib
 import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from engine.read import READERS
+from engine.recording import MEMBER_MARK, split_member
+from engine.storage import glob_matches, is_remote, names_under, normal, read_ranges
 from manifests.corpora import Corpus
-from manifests.errors import ConfigError
+from manifests.errors import ConfigError, RecordingError
 
 _EDGE_BYTES = 1 << 16  # of each end of a file, and of blocks between, that an identity covers
 _NUM_BLOCKS = 8
 
 
 def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
-    """Recordings of a corpus under its root by the globs of its file, sorted by path."""
+    """Recordings of a corpus under its root by the globs of its file, sorted by path.
+
+    Recordings that share a file come as `file#member`, in the file's order; the globs know the file alone. A file
+    whose recordings cannot be listed comes as itself: reading its header tells why.
+    """
+    if is_remote(root):
+        return [recording for path in _objects(corpus, root) for recording in _listed(path, corpus)]
     if not root.is_dir():
         raise ConfigError(f"{corpus.id}: root {root} is no folder; give the folder that holds its recordings")
     found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file()}
     found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
-    return sorted(found)
+    return [recording for path in sorted(found) for recording in _listed(path, corpus)]
+
+
+def _listed(path: Path, corpus: Corpus) -> list[Path]:
+    """The recordings of one file."""
+    list_members = READERS[corpus.reader_of(path)].members
+    if list_members is None:
+        return [path]
+    try:
+        names = list_members(path, corpus.layout)
+    except (RecordingError, OSError):
+        return [path]
+    return [path.with_name(f"{path.name}{MEMBER_MARK}{name}") for name in names] or [path]
+
+
+def _objects(corpus: Corpus, root: Path) -> list[Path]:
+    """As `corpus_files` on a store: one listing, held against the globs here."""
+    names = [tuple(name.split("/")) for name in names_under(root)]
+    if not names:
+        raise ConfigError(f"{corpus.id}: root {root} holds nothing; give the URL under which its recordings lie")
+
+    def fits(name: Sequence[str], patterns: Sequence[str]) -> bool:
+        return any(glob_matches(name, pattern.split("/")) for pattern in patterns)
+
+    found = sorted(name for name in names if fits(name, corpus.files) and not fits(name, corpus.exclude))
+    return [root.joinpath(*name) for name in found]
+
+
+def is_unlisted(path: Path, corpus: Corpus) -> bool:
+    """Whether a path is a file of several recordings that could not be listed, so that it belongs to nobody."""
+    list_members = READERS[corpus.reader_of(path)].members
+    if list_members is None or split_member(path)[1]:
+        return False
+    try:
+        return bool(list_members(path, corpus.layout))
+    except (RecordingError, OSError):
+        return True
 
 
 def companions(path: Path, reader: str, corpus: Corpus | None = None) -> list[Path]:
     """Files that a recording consists of: itself, those that its reader names, and the corpus' file of labels."""
+    full = path.as_posix()
+    path, member = split_member(path)
     names = {path, *READERS[reader].companions(path)}
-    rule = corpus.annotations if corpus else None
-    if corpus and rule and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
-        match = re.search(corpus.subject.pattern, path.as_posix())
-        known = {"subject": "", "session": "", "run": "", **(match.groupdict("") if match else {})}
-        pattern = rule.pattern.format_map({**known, "stem": path.stem})
-        names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {path.parent / pattern}
+    for rule in corpus.annotation_rules if corpus else ():
+        if corpus and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
+            match = re.search(corpus.subject.pattern, path.as_posix())
+            known = {"subject": "", "session": "", "run": "", **(match.groupdict("") if match else {})}
+            pattern = rule.pattern.format_map({**known, "stem": path.stem})
+            names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {normal(path.parent / pattern)}
     return sorted(name for name in names if name.is_file())
 
 
@@ -43,16 +93,31 @@ def identity_of(path: Path, reader: str, corpus: Corpus | None = None) -> tuple[
     Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers.
     The SHA-256 of the whole files stands in the commit of the unit that converted them.
     """
+    names = companions(path, reader, corpus)
+    _, member = split_member(path)
+    if not member:
+        return _sampled(names)
+    stats = [(name, name.stat()) for name in names]
+    whole, total = _sampled_once(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return hashlib.sha256(f"{whole}{MEMBER_MARK}{member}".encode()).hexdigest()[:16], total
+
+
+@lru_cache(maxsize=8)  # thousands of recordings share a file
+def _sampled_once(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, int]:
+    return _sampled([name for name, _, _ in files])
+
+
+def _sampled(names: Sequence[Path]) -> tuple[str, int]:
     sha = hashlib.sha256()
     total = 0
-    for name in companions(path, reader, corpus):
+    for name in names:
         size = name.stat().st_size
         total += size
         sha.update(f"{name.name}/{size}/".encode())
         step = max(_EDGE_BYTES, size // _NUM_BLOCKS)
-        with name.open("rb") as file:
-            for offset in {*range(0, size, step), max(0, size - _EDGE_BYTES)}:
-                file.seek(offset)
-                sha.update(str(offset).encode())
-                sha.update(file.read(_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096))
+        offsets = list({*range(0, size, step), max(0, size - _EDGE_BYTES)})
+        lengths = [_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096 for offset in offsets]
+        for offset, block in zip(offsets, read_ranges(name, list(zip(offsets, lengths, strict=True))), strict=True):
+            sha.update(str(offset).encode())
+            sha.update(block)
     return sha.hexdigest()[:16], total

@@ -56,7 +56,7 @@ def _check_complete(units: Sequence[Unit], commits: Sequence[Commit]) -> None:
 
 def _merged(output: Path, commits: Sequence[Commit]) -> pa.Table:
     """Sample rows of all units, ordered by shard and ordinal."""
-    parts = [pq.read_table(samples_path(output, commit.unit)) for commit in commits]
+    parts = [pq.read_table(io.BytesIO(samples_path(output, commit.unit).read_bytes())) for commit in commits]
     table = pa.concat_tables(parts).cast(sample_schema()) if parts else sample_schema().empty_table()
     keys = Counter(table.column("key").to_pylist())
     if len(keys) != len(table):

@@ -19,11 +19,12 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from engine.commit import locked, pending
+from engine.commit import pending
 from engine.config import ConvertConfig
 from engine.convert import Context, Progress, ProgressRow, convert_unit, limits_of, prepare
 from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import append_progress
+from engine.lock import locked
 from engine.plan import PlanItem, Unit
 
 logger = logging.getLogger(__name__)
@@ -147,10 +148,11 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
         ConfigError: Wrong configuration, or another conversion writes to the same folder.
         ContractError: A unit ended without a commit, or an earlier result is damaged.
     """
-    with locked(config.output):
+    with locked(config.output) as check_lock:
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config))
         if todo:
             with _ray(config.num_cpus), _quiet(), _watched(Progress(config.output, units, todo), progress):
                 _convert_units(config, todo)
+        check_lock()
         return finalise(config, units)

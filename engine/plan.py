@@ -173,12 +173,14 @@ def write_plan(output: Path, units: Sequence[Unit]) -> None:
 def read_plan(output: Path) -> list[Unit]:
     """Units of `plan.jsonl`; none when there is no plan yet."""
     path = output / PLAN_FILE
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return []
     try:
         return [
             Unit(id=row["id"], recordings=tuple(PlanItem(**item) for item in row["recordings"]))
-            for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            for row in map(json.loads, text.splitlines())
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ContractError(

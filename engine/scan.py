@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Source
-from engine.files import corpus_files, identity_of
+from engine.copies import local_copy, local_tables
+from engine.files import corpus_files, identity_of, is_unlisted
 from engine.read import read_header, sniff
-from engine.recording import Channel, Recording
+from engine.recording import MEMBER_MARK, Channel, Recording
 from manifests.channels import ChannelTag, Unresolved, resolve
+from manifests.config import digest
 from manifests.corpora import Corpus, load_corpus, recording_split, subject_hash, who_of
 from manifests.errors import ConfigError, RecordingError
 
@@ -168,11 +170,12 @@ def _corpus_row(name: str, rows: Sequence[ScanRow], corpus: Corpus | None) -> di
         for key, value in expected.items()
         if value is not None and abs(found[key] - value) > (0.01 * value if key == "hours" else 0)
     ]
+    sizes = {row.path.partition(MEMBER_MARK)[0]: row.num_bytes for row in rows}  # recordings may share a file
     return {
         "corpus": name,
         **found,
         "unreadable": len(rows) - len(good),
-        "megabytes": sum(row.num_bytes for row in rows) / 1e6,
+        "megabytes": sum(sizes.values()) / 1e6,
         "expected": expected,
         "differs": differs,
     }
@@ -223,25 +226,49 @@ def resolve_channels(
     return found, missed
 
 
-def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
+def _identity_or_name(path: Path, reader: str, corpus: Corpus | None) -> tuple[str, int, str]:
+    """Identity and size of a recording, and why it cannot be read, if it cannot; its name then stands for it."""
+    try:
+        return *identity_of(path, reader, corpus), ""
+    except OSError as error:
+        return digest({"unreadable": path.name})[:16], 0, error.strerror or str(error)
+
+
+def _row(
+    path: Path,
+    root: Path,
+    corpus: Corpus | None,
+    reader: str,
+    *,
+    lookup_root: Path | None = None,
+    work: Path | None = None,
+) -> ScanRow:
+    """Row of one recording; for a root on a store `work` is a local folder and `lookup_root` one with its tables."""
     relative = path.relative_to(root).as_posix()
-    identity, size = identity_of(path, reader, corpus)
-    subject, session = subject_of(corpus, relative, root) if corpus else ("", "")
+    identity, size, unreadable = _identity_or_name(path, reader, corpus)
+    lookup_root = lookup_root or root
+    owner = corpus if corpus and not is_unlisted(path, corpus) else None
+    subject, session = subject_of(owner, relative, lookup_root) if owner else ("", "")
     row = ScanRow(
         corpus=corpus.id if corpus else NO_CORPUS,
         path=relative,
-        subject=subject_hash(corpus, subject) if corpus else "",
-        session=session_hash(corpus, subject, session) if corpus else "",
-        split=recording_split(corpus, relative, root) if corpus else "",
+        subject=subject_hash(owner, subject) if owner else "",
+        session=session_hash(owner, subject, session) if owner else "",
+        split=recording_split(owner, relative, lookup_root) if owner else "",
         identity=identity,
         num_bytes=size,
     )
     try:
         if corpus and (why := corpus.bad_reason(relative)):
             raise RecordingError("KNOWN_BAD", f"{relative}: {why}")
-        recording = read_header(path, reader, corpus.layout if corpus else None)
+        if unreadable:
+            raise RecordingError("UNREADABLE", f"{relative}: {unreadable}; check its rights and the disk")
+        recording = _header(path, root, corpus, reader, work)
     except RecordingError as error:
         return replace(row, reason=error.reason, message=str(error))
+    except OSError as error:
+        message = f"{relative}: {error.strerror or error}; check its rights and the disk"
+        return replace(row, reason="UNREADABLE", message=message)
     found, missed = resolve_channels(recording, corpus)
     return replace(
         row,
@@ -257,6 +284,13 @@ def _row(path: Path, root: Path, corpus: Corpus | None, reader: str) -> ScanRow:
         ),
         unresolved=tuple((item.label, item.reason) for item in missed),
     )
+
+
+def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, work: Path | None) -> Recording:
+    if corpus is None:
+        return read_header(path, reader)
+    with local_copy(path, root, corpus, work=work) as (copy, _):
+        return read_header(copy, reader, corpus.layout)
 
 
 def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
@@ -276,8 +310,10 @@ def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
     return loaded
 
 
-def scan(sources: Iterable[Source]) -> ScanResult:
+def scan(sources: Iterable[Source], *, work: Path | None = None) -> ScanResult:
     """Every recording of the sources, read from headers only, in the order of sources and paths.
+
+    A recording on a store is copied to `work` (a local folder; None: the system's temporary one) to read its header.
 
     Raises:
         ConfigError: A corpus or root that is missing, or a path whose subject cannot be read.
@@ -285,7 +321,11 @@ def scan(sources: Iterable[Source]) -> ScanResult:
     loaded = load_sources(sources)
     rows: list[ScanRow] = []
     for corpus, root in loaded:
-        rows += [_row(path, root, corpus, corpus.reader_of(path)) for path in corpus_files(corpus, root)]
+        with local_tables(corpus, root, work=work) as (folder, lookup_root):
+            rows += [
+                _row(path, root, corpus, corpus.reader_of(path), work=folder, lookup_root=lookup_root)
+                for path in corpus_files(corpus, root)
+            ]
     return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
 
 

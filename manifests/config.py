@@ -258,7 +258,13 @@ def code_version() -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside `path`, flush it to the disk, and rename it into place."""
+    """Write a file beside `path`, flush it to the disk, and rename it into place; on a store write the object.
+
+    An object (`path` is a `upath.UPath`) appears whole or not at all.
+    """
+    if not isinstance(path, Path):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
@@ -278,6 +284,6 @@ def start_run(run_dir: Path | str, config: BaseModel) -> None:
         "version.json": json.dumps(code_version(), indent=2) + "\n",
     }
     for name, text in header.items():
-        path = Path(run_dir) / name
+        path = (Path(run_dir) if isinstance(run_dir, str) else run_dir) / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)

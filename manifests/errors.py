@@ -7,6 +7,7 @@ REASONS = frozenset(
         "CRASHED",  # the decoder died: a signal or an unexpected exception
         "FORMAT_UNSUPPORTED",  # a valid file of a kind that kymo does not read
         "HEADER_INVALID",  # header and file contradict each other
+        "INPUT_CHANGED",  # other bytes than those that were scanned; converting again settles it
         "KNOWN_BAD",  # listed in the corpus file with its reason
         "MEMORY",  # the decoder went over its memory limit
         "NOT_A_RECORDING",  # e.g. a git-lfs pointer with the suffix .edf
@@ -15,6 +16,7 @@ REASONS = frozenset(
         "TIMEOUT",  # the decoder went over its time limit
         "TOO_SHORT",  # shorter than one window
         "TRUNCATED",  # fewer bytes than the header promises, nothing left to keep
+        "UNREADABLE",  # the file cannot be opened or read: rights, a failing disk
         "UNIT_UNKNOWN",  # an electrical channel without a known unit
     }
 )

@@ -191,7 +191,7 @@ def load_snapshot(directory: Path | str) -> Snapshot:
         ContractError: The file was changed after it was written, or is of another format version.
         ConfigError: There is no snapshot in the folder.
     """
-    path = Path(directory) / SNAPSHOT_FILE
+    path = (Path(directory) if isinstance(directory, str) else directory) / SNAPSHOT_FILE  # a UPath stays one
     if not path.exists():
         raise ConfigError(f"{directory}: no {SNAPSHOT_FILE}; give a folder that kymo convert has finished")
     try:

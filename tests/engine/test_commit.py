@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ from engine.commit import (
     Limits,
     Quarantined,
     commit_path,
-    locked,
     parquet_bytes,
     pending,
     read_commit,
@@ -20,7 +17,7 @@ from engine.commit import (
 )
 from engine.plan import PlanItem, Unit
 from engine.shardwriter import Spooled, write_shards
-from manifests.errors import ConfigError, ContractError
+from manifests.errors import ContractError
 from manifests.shards import SAMPLE_COLUMNS, SNAPSHOT_FILE, tar_sample
 
 UNIT = Unit(
@@ -128,25 +125,6 @@ def test_a_foreign_commit_file_is_refused(tmp_path: Path) -> None:
     commit_path(tmp_path, UNIT.id).write_text("{}", encoding="utf-8")
     with pytest.raises(ContractError, match="not a commit of this kymo"):
         read_commit(tmp_path, UNIT.id)
-
-
-def test_one_conversion_at_a_time(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from engine.commit import locked\nwith locked(Path(sys.argv[1])): pass"
-    )
-    with locked(tmp_path):
-        other = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-        assert "another kymo convert is writing here" in other.stderr
-        with pytest.raises(ConfigError, match="another kymo convert"), locked(tmp_path):
-            pass
-    with locked(tmp_path):
-        pass
 
 
 def test_sample_rows_have_the_columns_of_the_format_and_fixed_bytes() -> None:
