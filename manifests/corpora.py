@@ -234,9 +234,7 @@ def split_of(corpus: Corpus, subject: str, *, family: str = "") -> str:
     rule = corpus.split
     match rule.rule:
         case "hash":
-            train, val, _ = rule.fractions
-            position = _position(corpus, f"family/{family}" if family else subject)
-            return "train" if position < train else "val" if position < train + val else "test"
+            return _by_hash(corpus, subject, family)
         case "table":
             if subject not in rule.table:
                 raise ConfigError(f"{corpus.id}.yaml: split.table: subject {subject!r} is missing; add it")
@@ -264,8 +262,16 @@ def recording_split(corpus: Corpus, path: str, root: Path | None = None) -> str:
     if text is None or text not in rule.map:
         raise ConfigError(f"{where}: {text!r} of {path!r} is not in the map; add it, or null for unused")
     split = rule.map[text] or UNUSED
+    if split == "hash":
+        return _by_hash(corpus, who.subject, who.family)
     is_held_out = split == "train" and _position(corpus, who.subject) < rule.val_share
     return "val" if is_held_out else split
+
+
+def _by_hash(corpus: Corpus, subject: str, family: str) -> str:
+    train, val, _ = corpus.split.fractions
+    position = _position(corpus, f"family/{family}" if family else subject)
+    return "train" if position < train else "val" if position < train + val else "test"
 
 
 def _position(corpus: Corpus, name: str) -> float:

@@ -131,7 +131,7 @@ class SplitRule(_Strict):
         table: Split of every person.
         pattern: Regular expression with the group `split`, for the path relative to the corpus root.
         column: Where the cell stands.
-        map: Text to split; null = the published split leaves these recordings out.
+        map: Text to split; `hash` = by the hash of the person; null = the published split leaves these recordings out.
         val_share: Share of the persons in train that become val, by hash; for splits published without a val.
         source: Where the split comes from.
     """
@@ -141,7 +141,7 @@ class SplitRule(_Strict):
     table: dict[str, Split] = {}
     pattern: str | None = None
     column: SplitColumn | None = None
-    map: dict[str, Split | None] = {}
+    map: dict[str, Split | Literal["hash"] | None] = {}
     val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     source: str = ""
 
