@@ -2,9 +2,7 @@
 
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,8 +74,14 @@ def companions(path: Path, reader: str, corpus: Corpus | None = None) -> list[Pa
     names = {path, *READERS[reader].companions(path)}
     for rule in corpus.annotation_rules if corpus else ():
         if corpus and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
-            match = re.search(corpus.subject.pattern, path.as_posix())
-            known = {"subject": "", "session": "", "run": "", **(match.groupdict("") if match else {})}
+            match = re.search(corpus.subject.pattern, full)
+            known = {
+                "subject": "",
+                "session": "",
+                "run": "",
+                "member": member,
+                **(match.groupdict("") if match else {}),
+            }
             pattern = rule.pattern.format_map({**known, "stem": path.stem})
             names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {normal(path.parent / pattern)}
     return sorted(name for name in names if name.is_file())

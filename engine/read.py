@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.readers import edf, epochs_mat, physionet, text
+from engine.readers import arrays, edf, epochs_mat, physionet, text
 from engine.readers.edf_header import is_edf
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
@@ -21,12 +21,14 @@ def _alone(path: Path) -> list[Path]:  # noqa: ARG001 - the signature of Reader.
 class Reader:
     """A file format: headers and annotations cheaply, signals on demand.
 
-    `companions` names the other files that a recording consists of; some of them may be missing.
+    `companions` names the other files that a recording consists of; some of them may be missing. `members` names the
+    recordings in a file by path and layout, none where the file is one recording; each is read as `file#member`.
     """
 
     read_header: Callable[[Path, Mapping[str, object]], Recording]
     read_signals: Callable[[Recording, Sequence[int]], list[np.ndarray]]
     companions: Callable[[Path], list[Path]] = _alone
+    members: Callable[[Path, Mapping[str, object]], list[str]] | None = None
 
 
 READERS: dict[str, Reader] = {
@@ -35,6 +37,7 @@ READERS: dict[str, Reader] = {
         read_header=physionet.read_header, read_signals=physionet.read_signals, companions=physionet.companions
     ),
     "text": Reader(read_header=text.read_header, read_signals=text.read_signals),
+    "arrays": Reader(read_header=arrays.read_header, read_signals=arrays.read_signals, members=arrays.members),
     "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }
 

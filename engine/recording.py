@@ -4,6 +4,22 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+MEMBER_MARK = "#"  # between a file and one of the recordings in it
+
+
+def split_member(path: Path) -> tuple[Path, str]:
+    """File and name of a recording in it, which is empty where the file is the recording.
+
+    >>> split_member(Path("code15/exams_part0.hdf5#1169160"))
+    (PosixPath('code15/exams_part0.hdf5'), '1169160')
+
+    A file that has the mark in its own name is taken as it is.
+    """
+    name, mark, member = path.name.rpartition(MEMBER_MARK)
+    if not mark or not name or path.is_file():
+        return path, ""
+    return path.with_name(name), member
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channel:
@@ -53,7 +69,7 @@ class Recording:
     Channel(index=0, label='EEG C3-A2', rate=Fraction(256, 1), unit='uV', ...)
 
     Attributes:
-        path: File that a reader opens (the `.hea` of a WFDB record).
+        path: File that a reader opens (the `.hea` of a WFDB record), `file#member` for one of several in a file.
         channels: Signals in file order, annotation channels left out.
         segments: Contiguous pieces in time order; plain files have one.
         annotations: Labelled intervals that stand in the file itself.

@@ -26,13 +26,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.files import companions
+from engine.recording import split_member
 from engine.windows import Losses, Sample, window_recording
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, ContractError, RecordingError
@@ -128,7 +129,18 @@ def encode(sample: Sample) -> bytes:
     return tar_sample(sample.key, members)
 
 
-def _sha256(path: Path) -> str:
+def _digests(job: Job) -> dict[str, str]:
+    """SHA-256 of each file that a recording consists of; a file of many recordings is read once."""
+    digests: dict[str, str] = {}
+    for path in companions(job.path, job.corpus.reader_of(job.path), job.corpus):
+        stat = path.stat()
+        once = _sha256_once if split_member(job.path)[1] else _sha256_once.__wrapped__
+        digests[path.name] = once(path, stat.st_size, stat.st_mtime_ns)
+    return digests
+
+
+@lru_cache(maxsize=8)
+def _sha256_once(path: Path, _size: int, _mtime_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -153,7 +165,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": losses.unmapped.total(),
-        "sha256": {path.name: _sha256(path) for path in companions(job.path, job.corpus.reader, job.corpus)},
+        "sha256": _digests(job),
     }
 
 

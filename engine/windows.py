@@ -19,6 +19,7 @@ import numpy as np
 
 from engine.annotations import Labels, read_labels
 from engine.dsp import fill_nan, harmonise, output_length, to_unit
+from engine.files import is_unlisted
 from engine.quality import Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
 from engine.read import read_header, read_signals
 from engine.recording import Channel, Recording
@@ -43,15 +44,6 @@ class Sample:
     meta: dict[str, Any]
 
 
-@dataclass(slots=True, kw_only=True)
-class Losses:
-    """What did not become a sample: windows by reason, labels nobody resolved, texts of annotations not mapped."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-    unresolved: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unmapped: Counter[str] = field(default_factory=Counter)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     """A window's place: seconds from the recording's start, its segment, and seconds from that segment's start."""
@@ -61,171 +53,9 @@ class _Place:
     within: Fraction
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    """One channel of the whole recording: int16 samples (T,), where its segments begin in them, its tag, its faults.
-
-    Segments end on whole samples at either rate, so their beginnings are kept and not computed from time.
-    """
-
-    samples: np.ndarray
-    segments: list[int]
-    native_segments: list[int]
-    native_rate: Fraction
-    rate_hz: int
-    kind: str
-    tag: dict[str, Any]
-    bad: Faults
-
-
 def recording_id(corpus: Corpus, path: str) -> str:
     """12 hex digits that stand for a recording: a hash of corpus and path, unequal for two recordings."""
     return hashlib.sha256(f"kymo/1/{corpus.id}/{path}".encode()).hexdigest()[:12]
-
-
-def clean_prefilter(text: str) -> str:
-    """Filter history without free text: only the corner frequencies and time constants that it states."""
-    tokens = [f"{name.upper()}:{value}{unit}" for name, value, unit in _FILTER_TOKEN.findall(text)]
-    return " ".join(tokens)
-
-
-def segment_samples(recording: Recording, rate: Fraction, num_samples: int) -> list[int]:
-    """Samples of each contiguous segment at a native rate; they add up to `num_samples`."""
-    ends: list[int] = []
-    elapsed = Fraction(0)
-    for segment in recording.segments:
-        elapsed += segment.duration
-        ends.append(min(num_samples, round(elapsed * rate)))
-    ends[-1] = num_samples
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _beginnings(lengths: Sequence[int]) -> list[int]:
-    return [0, *accumulate(lengths)][:-1]
-
-
-def in_canonical_unit(signal: np.ndarray, raw_unit: str, canonical_unit: str) -> np.ndarray:
-    """Signal in its canonical unit; a declared unit may carry a factor, as in `100 uV`."""
-    match = _UNIT_WITH_FACTOR.fullmatch(raw_unit)
-    if match is None:
-        return to_unit(signal, raw_unit, canonical_unit)
-    return to_unit(signal * np.float32(match[1]), match[2], canonical_unit)
-
-
-def _row(
-    channel: Channel,
-    tag: ChannelTag,
-    signal: np.ndarray,
-    *,
-    rule: KindRule,
-    segments: Sequence[int],
-    notch_hz: float | None,
-    raw_unit: str,
-) -> _Row:
-    """One channel, filtered and resampled per segment and quantised."""
-    missing = ~np.isfinite(signal)
-    nan = cumulated(missing)
-    if nan is not None:
-        if missing.all():
-            raise RecordingError("SIGNAL_INVALID", f"channel {channel.index}: every sample is missing")
-        signal = fill_nan(signal)
-    flat, clipped = flat_samples(signal, channel.rate, tag.kind), clipped_samples(signal, tag.kind)
-    filtered = harmonise(
-        in_canonical_unit(signal, raw_unit, tag.unit),
-        rate=channel.rate,
-        target_hz=rule.rate_hz,
-        low_hz=rule.low_hz,
-        high_hz=rule.high_hz,
-        notch_hz=notch_hz if rule.notch else None,
-        segments_samples=segments,
-    )
-    mean, sd, median, mad = statistics(filtered)
-    samples, scale, saturated = quantise(filtered, sd)
-    rate = [channel.rate.numerator, channel.rate.denominator]
-    return _Row(
-        samples=samples,
-        rate_hz=rule.rate_hz,
-        kind=tag.kind,
-        segments=_beginnings([output_length(count, channel.rate, rule.rate_hz) for count in segments]),
-        native_segments=_beginnings(segments),
-        native_rate=channel.rate,
-        bad=Faults(flat=flat, clipped=clipped, nan=nan, saturated=saturated),
-        tag={
-            **tag.record(),
-            "scale": scale,
-            "rate": [rule.rate_hz, 1],
-            "native_rate": rate,
-            "prefilter": clean_prefilter(channel.prefilter),
-            "source_index": channel.index,
-            "mean": mean,
-            "sd": sd,
-            "median": median,
-            "mad": mad,
-        },
-    )
-
-
-def _grouped(channels: Sequence[tuple[Channel, ChannelTag]]) -> Iterator[list[tuple[Channel, ChannelTag]]]:
-    """Consecutive channels whose float32 samples fit the memory that one reading pass may take."""
-    group: list[tuple[Channel, ChannelTag]] = []
-    size = 0
-    for item in channels:
-        num_bytes = 4 * item[0].num_samples
-        if group and size + num_bytes > _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += num_bytes
-    if group:
-        yield group
-
-
-def _select(recording: Recording, corpus: Corpus, recipe: Recipe, losses: Losses) -> list[tuple[Channel, ChannelTag]]:
-    """Channels that the recipe keeps; what nobody resolved goes to the losses."""
-    found, missed = resolve_channels(recording, corpus)
-    losses.unresolved.update((item.label, item.reason) for item in missed)
-    kept = [(channel, tag) for channel, tag in found if tag.kind in recipe.kinds]
-    if not found:
-        labels = ", ".join(repr(channel.label) for channel in recording.channels)
-        raise RecordingError(
-            "CHANNEL_UNRESOLVED", f"none of the labels {labels} is a known signal; add them to {corpus.id}.yaml"
-        )
-    if not kept:
-        kinds = ", ".join(sorted({tag.kind for _, tag in found}))
-        raise RecordingError(
-            "NO_CHANNELS", f"recipe {recipe.id} keeps {', '.join(recipe.kinds)}; the recording has {kinds}"
-        )
-    return kept
-
-
-def _rows(recording: Recording, corpus: Corpus, recipe: Recipe, losses: Losses) -> list[_Row]:
-    """Every kept channel of the recording as int16 at its kind's rate, in file order."""
-    kept = _select(recording, corpus, recipe, losses)
-    rows: list[_Row] = []
-    failed: list[RecordingError] = []
-    for group in _grouped(kept):
-        signals = read_signals(recording, [channel.index for channel, _ in group])
-        for (channel, tag), i in zip(group, range(len(signals)), strict=True):
-            signal = signals[i]
-            signals[i] = np.empty(0, dtype=np.float32)  # let go of it as soon as it is done
-            try:
-                rows.append(
-                    _row(
-                        channel,
-                        tag,
-                        signal,
-                        rule=recipe.kinds[tag.kind],
-                        segments=segment_samples(recording, channel.rate, channel.num_samples),
-                        notch_hz=corpus.mains_hz,
-                        raw_unit=corpus.units.get(channel.label, channel.unit),
-                    )
-                )
-            except RecordingError as error:  # one channel's fault: the others stay
-                failed.append(error)
-                losses.unresolved[channel.label, error.reason] += 1
-    if not rows:
-        raise failed[0]
-    return rows
 
 
 def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place]:
@@ -245,17 +75,19 @@ def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place
 
 
 def _window(
-    rows: Mapping[str, Sequence[_Row]], place: _Place, window_s: int
+    rows: Mapping[str, Sequence[Row]], place: _Place, recipe: Recipe
 ) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]], float]:
     """Arrays, tags and quality of one window."""
     arrays: dict[str, np.ndarray] = {}
     tags: dict[str, list[dict[str, Any]]] = {}
     bad: list[float] = []
     for kind, members in rows.items():
-        length = members[0].rate_hz * window_s
+        rate = members[0].rate
+        length = recipe.window_samples(rate)
+        # Where a window is no whole number of samples, rounding up could lead one sample past the segment's end.
+        offset = math.floor(place.within * rate) if recipe.is_native else round(place.within * rate)
         pieces: list[np.ndarray] = []
         tags[kind] = []
-        offset = round(place.within * members[0].rate_hz)
         for row in members:
             start = row.segments[place.segment] + offset
             pieces.append(row.samples[start : start + length])
@@ -263,7 +95,7 @@ def _window(
             if not row.bad.is_clean:
                 native = row.native_segments[place.segment] + math.floor(place.within * row.native_rate)
                 flat, clipped, nan = row.bad.shares(
-                    (native, native + math.floor(window_s * row.native_rate)), (start, start + length)
+                    (native, native + math.floor(recipe.window_s * row.native_rate)), (start, start + length)
                 )
             tags[kind].append({**row.tag, "flat": flat, "clipped": clipped, "nan": nan})
             bad.append(min(1.0, flat + clipped + nan))
@@ -271,7 +103,7 @@ def _window(
     return arrays, tags, round(1.0 - math.fsum(bad) / len(bad), 4)
 
 
-def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: int) -> dict[str, Any]:
+def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: Fraction | int) -> dict[str, Any]:
     """Labels of a window that starts `start` seconds into the recording: stages per epoch, classes, events.
 
     Events are [start, length, text] in samples at `rate_hz` counted from the window's start, cut at its edges;
@@ -328,6 +160,8 @@ def window_recording(
         ConfigError: The corpus file does not fit it (its subject cannot be read from the path).
     """
     losses = losses if losses is not None else Losses()
+    if is_unlisted(path, corpus):  # it has no subject; its header tells what is wrong
+        read_header(path, corpus.reader_of(path), corpus.layout)
     identity = _identity(corpus, recipe, path.relative_to(root).as_posix())
     recording = read_header(path, corpus.reader, corpus.layout)
     places = _places(recording, recipe, losses)
@@ -336,7 +170,7 @@ def window_recording(
         raise RecordingError(
             "TOO_SHORT", f"longest stretch {longest:g} s; a window of recipe {recipe.id} takes {recipe.window_s} s"
         )
-    labels = read_labels(recording, corpus, subject=subject_of(corpus, path.relative_to(root).as_posix())[0])
+    labels = read_labels(recording, corpus)
     losses.unmapped.update(labels.unmapped)
     rows = _rows(recording, corpus, recipe, losses)
     by_kind = {kind: [row for row in rows if row.kind == kind] for kind in recipe.kinds}
