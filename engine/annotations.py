@@ -1,69 +1,63 @@
 """Labels of a recording in canonical words, from wherever its corpus keeps them."""
 
+import ast
 import logging
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
-import wfdb
-
-from engine.readers import edf
+from engine import annotation_files, annotation_tables
+from engine.label_files import label_file, label_row
 from engine.recording import Annotation, Recording
+from engine.scoring import Scoring, score
+from manifests.annotations import AnnotationRule
 from manifests.corpora import Corpus
-from manifests.errors import ConfigError, RecordingError
+from manifests.errors import RecordingError
 
 logger = logging.getLogger(__name__)
-
-_DAY_S = 86400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """Labels of a recording, in the one of three forms that its corpus file calls the target.
+    """Labels of a recording.
 
-    >>> read_labels(recording, corpus, subject="00")
-    Labels(annotations=(Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...), ...)
+    >>> read_labels(recording, corpus).stages
+    (Annotation(onset=Fraction(0, 1), duration=Fraction(30630, 1), text='W'), ...)
 
     Attributes:
-        annotations: Intervals in time order, texts as the corpus file maps them.
-        target: What they are: `stage`, `events`, or `classes` of the recording as a whole.
+        stages: Sleep stages `W N1 N2 N3 R ?` in time order, whole epochs without overlap.
+        events: Intervals of events in time order; an event without a duration is an instant.
+        classes: Labels of the recording as a whole, each once.
         unmapped: How often each text came up that the corpus file does not list.
+        missing: Sources that the recording has nothing of, where the corpus file does not require it.
+        scoring: How much of the recording has a stage; None without a rule for stages.
     """
 
-    annotations: tuple[Annotation, ...] = ()
-    target: str = "events"
+    stages: tuple[Annotation, ...] = ()
+    events: tuple[Annotation, ...] = ()
+    classes: tuple[str, ...] = ()
     unmapped: dict[str, int] = field(default_factory=dict)
-    _longest: Fraction = field(init=False, repr=False)
+    missing: tuple[str, ...] = ()
+    scoring: Scoring | None = None
+    _longest: dict[str, Fraction] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Keep the longest interval's duration, which bounds how far a look-up by time goes back."""
-        longest = max((found.duration for found in self.annotations), default=Fraction(0))
+        longest = {
+            name: max((found.duration for found in intervals), default=Fraction(0))
+            for name, intervals in (("stages", self.stages), ("events", self.events))
+        }
         object.__setattr__(self, "_longest", longest)
-
-    @property
-    def stages(self) -> tuple[Annotation, ...]:
-        """Intervals of sleep stages `W N1 N2 N3 R ?`, empty where the target is another one."""
-        return self.annotations if self.target == "stage" else ()
-
-    @property
-    def events(self) -> tuple[Annotation, ...]:
-        """Intervals of events, empty where the target is another one."""
-        return self.annotations if self.target == "events" else ()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Labels of the recording as a whole, each once, empty where the target is another one."""
-        return tuple(dict.fromkeys(a.text for a in self.annotations)) if self.target == "classes" else ()
 
     def stage_at(self, start: Fraction, epoch_s: int) -> str:
         """Stage that fills most of an epoch, the earlier of equals; `?` where none fills half of it."""
         shares: dict[str, Fraction] = {}
-        for found in self._overlapping(self.stages, start, start + epoch_s):
+        for found in self._overlapping("stages", start, start + epoch_s):
             inside = min(start + epoch_s, found.onset + found.duration) - max(start, found.onset)
             shares[found.text] = shares.get(found.text, Fraction(0)) + inside
         best = max(shares, key=lambda text: shares[text], default="?")
@@ -74,7 +68,7 @@ class Labels:
 
         The second item has the texts of the events that cover the window's start.
         """
-        found = self._overlapping(self.events, start, start + window_s)
+        found = self._overlapping("events", start, start + window_s)
         inside = [
             (
                 max(event.onset - start, Fraction(0)),
@@ -86,148 +80,167 @@ class Labels:
         covering = [event.text for event in found if event.onset <= start < event.onset + event.duration]
         return inside, covering
 
-    def _overlapping(self, intervals: Sequence[Annotation], start: Fraction, stop: Fraction) -> list[Annotation]:
+    def _overlapping(self, name: Literal["stages", "events"], start: Fraction, stop: Fraction) -> list[Annotation]:
         """Those that reach into [start, stop); an instant counts where it lies inside."""
-        first = bisect_left(intervals, start - self._longest, key=lambda found: found.onset)
+        intervals = self.stages if name == "stages" else self.events
+        first = bisect_left(intervals, start - self._longest[name], key=lambda found: found.onset)
         last = bisect_left(intervals, stop, key=lambda found: found.onset)
         return [
             found for found in intervals[first:last] if found.onset + found.duration > start or found.onset >= start
         ]
 
 
-def read_labels(recording: Recording, corpus: Corpus, *, subject: str = "") -> Labels:
-    """Labels with onset and duration in seconds from the recording's start, texts as in the rule's `map`.
+def read_labels(recording: Recording, corpus: Corpus) -> Labels:
+    """Labels with onset and duration in seconds from the recording's start, texts as in the rules' maps.
 
-    Labels of a whole recording (`header_dx`, `filename`) span it. Texts mapped to null are left out.
+    Labels of a whole recording (`header_dx`, `filename`, `table_file`) span it. Texts mapped to null are left out.
+    Stages come as whole epochs, see `engine.scoring`.
 
     Args:
         recording: What `read_header` gave.
         corpus: Its `annotations` say where labels stand and what they mean.
-        subject: Subject of the recording, for `{subject}` in the rule's pattern; `{session}` and `{run}` are
-            read from the path by the corpus' own pattern.
 
     Raises:
         RecordingError: `ANNOTATION_INVALID` if the corpus promises labels that cannot be found or read.
     """
-    rule = corpus.annotations
-    raw = _raw(recording, corpus, subject)
-    unmapped = Counter(annotation.text for annotation in raw if annotation.text not in rule.map)
+    by_target: dict[str, list[Annotation]] = {"stage": [], "events": [], "classes": []}
+    unmapped: Counter[str] = Counter()
+    missing: list[str] = []
+    scoring = None
+    for rule in corpus.annotation_rules:
+        raw = _raw(recording, corpus, rule)
+        if raw is None:
+            missing.append(rule.source)
+            continue
+        siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
+        if siblings[0] is rule:
+            unmapped.update(a.text for a in raw if not any(other.lists(a.text) for other in siblings))
+        found = _mapped(raw, rule, end=_end(recording))
+        by_target[rule.target] += found
+        if rule.target == "stage" and rule.source != "none":
+            scoring = score(found, recording.segments, rule.epoch_s, path=recording.path)
     if unmapped:
         logger.info("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
-    mapped = tuple(
-        Annotation(onset=annotation.onset, duration=annotation.duration, text=canonical)
-        for annotation in sorted(raw, key=lambda annotation: annotation.onset)
-        if (canonical := rule.map.get(annotation.text)) is not None
+    if scoring and scoring.scored_s:
+        logger.info("%s: %s", recording.path, scoring.summary())
+    return Labels(
+        stages=scoring.stages if scoring else (),
+        events=tuple(sorted(by_target["events"], key=lambda found: found.onset)),
+        classes=tuple(dict.fromkeys(found.text for found in by_target["classes"])),
+        unmapped=dict(unmapped),
+        missing=tuple(missing),
+        scoring=scoring,
     )
-    return Labels(annotations=mapped, target=rule.target, unmapped=dict(unmapped))
 
 
-def _raw(recording: Recording, corpus: Corpus, subject: str) -> Sequence[Annotation]:
-    rule = corpus.annotations
+def _raw(recording: Recording, corpus: Corpus, rule: AnnotationRule) -> Sequence[Annotation] | None:
+    """Labels as the source states them; None where there are none and none are required."""
     match rule.source:
         case "none":
-            found: Sequence[Annotation] = ()
-        case "edf":
-            found = recording.annotations
+            return ()
+        case "edf" | "in_file":
+            return recording.annotations
         case "header_dx":
-            found = _header_codes(recording)
+            return _header_codes(recording, rule)
         case "filename":
-            found = _file_name(recording, rule.pattern or "")
+            return _path_label(recording, rule)
+        case "table_file":
+            row = label_row(recording.path, rule, corpus)
+            return None if row is None else [_whole(recording, text) for text in _row_labels(row, recording, rule)]
+        case _:
+            path = label_file(recording.path, rule, corpus)
+            return None if path is None else _from_file(recording, path, rule)
+
+
+def _from_file(recording: Recording, path: Path, rule: AnnotationRule) -> Sequence[Annotation]:
+    match rule.source:
         case "edf_file":
-            found = _second_edf(recording, _second_file(recording, corpus, subject))
+            return annotation_files.second_edf(recording, path)
         case "wfdb":
-            epoch_s = rule.epoch_s if rule.target == "stage" else 0
-            found = _wfdb_file(recording, _second_file(recording, corpus, subject), epoch_s=epoch_s)
+            return annotation_files.wfdb_file(recording, path)
         case "text_codes":
-            found = _text_codes(_second_file(recording, corpus, subject), rule.epoch_s)
-    return found
+            return annotation_files.text_codes(path, rule.epoch_s)
+        case "nsrr_xml":
+            return annotation_files.nsrr_xml(path, stages=rule.target == "stage")
+        case "bids_events":
+            return annotation_tables.bids_events(path)
+        case _:
+            return annotation_tables.table(recording, path, rule)
 
 
-def _second_edf(recording: Recording, path: Path) -> Sequence[Annotation]:
-    """Annotations of a second EDF+ file, moved by the difference of both start times."""
-    second = edf.read_header(path, {})
-    times = [_seconds_of_day(extra.get("start_time", "")) for extra in (recording.extra, second.extra)]
-    here, there = times if None not in times else (0, 0)
-    shift = ((there or 0) - (here or 0) + _DAY_S // 2) % _DAY_S - _DAY_S // 2
+def _mapped(raw: Sequence[Annotation], rule: AnnotationRule, *, end: Fraction) -> list[Annotation]:
+    """Labels in canonical words and time order; those that state no duration get the one of the rule."""
+    ordered = sorted(raw, key=lambda annotation: annotation.onset)
+    found = [replace(label, text=text) for label in ordered if (text := rule.canonical(label.text)) is not None]
+    if rule.lasts == "next":
+        onsets = [label.onset for label in found]
+        stops = [onsets[i] if (i := bisect_right(onsets, onset)) < len(onsets) else end for onset in onsets]
+    else:
+        epoch_s = rule.epoch_s if rule.target == "stage" else 0
+        stops = [label.onset + epoch_s for label in found]
     return [
-        Annotation(onset=found.onset + shift, duration=found.duration, text=found.text) for found in second.annotations
+        label if label.duration else replace(label, duration=max(stop - label.onset, Fraction(0)))
+        for label, stop in zip(found, stops, strict=True)
     ]
 
 
-def _wfdb_file(recording: Recording, path: Path, *, epoch_s: int) -> Sequence[Annotation]:
-    """Annotations of a WFDB file. A rhythm, `(AFIB`, lasts to the next one; a stage lasts `epoch_s`.
-
-    Source: https://wfdb.io/spec/annotation-files.html.
-    """
-    try:
-        found = wfdb.rdann(str(path.with_suffix("")), path.suffix[1:])
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise RecordingError("ANNOTATION_INVALID", f"{path}: not a WFDB annotation file: {error}") from error
-    rate = Fraction(str(found.fs)).limit_denominator(1_000_000) if found.fs else recording.channels[0].rate
-    notes = [(note or "").strip(" \0") for note in found.aux_note or []]
-    # CPSC 2021 writes Python's None as the text of a beat without a note.
-    texts = [symbol if note in {"", "None"} else note for note, symbol in zip(notes, found.symbol or [], strict=True)]
-    onsets = [int(sample) / rate for sample in found.sample]
-    rhythms = [onset for onset, text in zip(onsets, texts, strict=True) if text.startswith("(")]
-    ends = dict(zip(rhythms, [*rhythms, _end(recording)][1:], strict=True))
-    return [
-        Annotation(onset=onset, duration=ends[onset] - onset if text.startswith("(") else Fraction(epoch_s), text=text)
-        for onset, text in zip(onsets, texts, strict=True)
-    ]
+def _same_file(one: AnnotationRule, other: AnnotationRule) -> bool:
+    """Whether two rules read the same texts: an XML has stages and events apart."""
+    is_split = one.source == "nsrr_xml" and one.target != other.target
+    return not is_split and (one.source, one.pattern, one.table, one.labels) == (
+        other.source,
+        other.pattern,
+        other.table,
+        other.labels,
+    )
 
 
-def _header_codes(recording: Recording) -> Sequence[Annotation]:
+def _header_codes(recording: Recording, rule: AnnotationRule) -> Sequence[Annotation] | None:
     """Comma-separated codes of the header comment `Dx`, double commas tolerated."""
     if "Dx" not in recording.extra:
+        if not rule.required:
+            return None
         raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: no comment '#Dx:' in the header")
     codes = [code.strip() for code in recording.extra["Dx"].split(",")]
     return [_whole(recording, code) for code in dict.fromkeys(codes) if code]
 
 
-def _text_codes(path: Path, epoch_s: int) -> Sequence[Annotation]:
-    """One code per line and `epoch_s` from the recording's start; runs of a code become one interval."""
-    lines = [line.strip() for line in path.read_text(encoding="latin-1").splitlines()]
-    codes = [line for line in lines if line and not line.startswith("[")]
-    strange = [code for code in codes if len(code.split()) != 1]
-    if not codes or strange:
-        raise RecordingError(
-            "ANNOTATION_INVALID", f"{path}: expected one code a line, got {strange[:1] or 'none at all'}"
-        )
-    found: list[Annotation] = []
-    position = 0
-    for code, run in groupby(codes):
-        count = len(list(run))
-        found.append(Annotation(onset=Fraction(position * epoch_s), duration=Fraction(count * epoch_s), text=code))
-        position += count
+def _path_label(recording: Recording, rule: AnnotationRule) -> Sequence[Annotation] | None:
+    """The label in the path, the match nearest to the file's name."""
+    matches = list(re.finditer(rule.pattern or "", recording.path.as_posix()))
+    if matches:
+        return [_whole(recording, matches[-1]["label"])]
+    if not rule.required:
+        return None
+    raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: the path does not match {rule.pattern!r}")
+
+
+def _row_labels(row: Mapping[str, str], recording: Recording, rule: AnnotationRule) -> list[str]:
+    """Labels in the cells of a recording's row."""
+    table = rule.labels
+    if table is None or table.form == "text":
+        return [cell for cell in row.values() if cell]
+    if table.form == "flags":
+        return [column for column, cell in row.items() if _flag(cell, column, recording)]
+    found: list[str] = []
+    for column, cell in row.items():
+        try:
+            value = ast.literal_eval(cell) if cell else {}
+            found += [str(code) for code, likelihood in value.items() if float(likelihood) >= table.threshold]
+        except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError) as error:
+            raise RecordingError(
+                "ANNOTATION_INVALID", f"{recording.path}: {column} of its row is no dict of label to likelihood"
+            ) from error
     return found
 
 
-def _file_name(recording: Recording, pattern: str) -> Sequence[Annotation]:
-    match = re.search(pattern, recording.path.name)
-    if not match:
-        raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: the name does not match {pattern!r}")
-    return [_whole(recording, match["label"])]
-
-
-def _second_file(recording: Recording, corpus: Corpus, subject: str) -> Path:
-    """The one file that the rule's pattern names; it may be a glob, as where a scorer's letter is in the name."""
-    match = re.search(corpus.subject.pattern, recording.path.as_posix())
-    known = {**(match.groupdict("") if match else {}), "stem": recording.path.stem, "subject": subject}
-    try:
-        pattern = (corpus.annotations.pattern or "").format_map(known)
-    except (KeyError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"{corpus.id}.yaml: annotations.pattern {corpus.annotations.pattern!r}: {error}; known: {', '.join(known)}"
-        ) from None
-    folder = recording.path.parent
-    while pattern.startswith("../"):
-        folder, pattern = folder.parent, pattern.removeprefix("../")
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise RecordingError(
-            "ANNOTATION_INVALID", f"{recording.path}: {len(found)} label files match {folder / pattern}; 1 expected"
-        )
-    return found[0]
+def _flag(cell: str, column: str, recording: Recording) -> bool:
+    word = cell.lower()
+    if word in {"1", "1.0", "true", "yes"}:
+        return True
+    if word in {"", "0", "0.0", "false", "no"}:
+        return False
+    raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: {column} of its row is neither true nor false")
 
 
 def _end(recording: Recording) -> Fraction:
@@ -237,8 +250,3 @@ def _end(recording: Recording) -> Fraction:
 
 def _whole(recording: Recording, text: str) -> Annotation:
     return Annotation(onset=Fraction(0), duration=_end(recording), text=text)
-
-
-def _seconds_of_day(text: str) -> int | None:
-    parts = text.split(":")
-    return int(parts[0]) * 3600 + int(parts[1]) * 60 + int(parts[2]) if len(parts) == 3 else None

@@ -1,14 +1,14 @@
 """Which files a corpus and a recording consist of, and what identifies their content."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from engine.label_files import label_cells, label_files
 from engine.read import READERS
 from engine.recording import MEMBER_MARK, split_member
-from engine.storage import glob_matches, is_remote, names_under, normal, read_ranges
+from engine.storage import glob_matches, is_remote, names_under, read_ranges
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
 
@@ -69,41 +69,27 @@ def is_unlisted(path: Path, corpus: Corpus) -> bool:
 
 def companions(path: Path, reader: str, corpus: Corpus | None = None) -> list[Path]:
     """Files that a recording consists of: itself, those that its reader names, and the corpus' file of labels."""
-    full = path.as_posix()
-    path, member = split_member(path)
-    names = {path, *READERS[reader].companions(path)}
-    for rule in corpus.annotation_rules if corpus else ():
-        if corpus and rule.pattern and rule.source in {"edf_file", "wfdb", "text_codes"}:
-            match = re.search(corpus.subject.pattern, full)
-            known = {
-                "subject": "",
-                "session": "",
-                "run": "",
-                "member": member,
-                **(match.groupdict("") if match else {}),
-            }
-            pattern = rule.pattern.format_map({**known, "stem": path.stem})
-            names |= set(path.parent.glob(pattern)) if _is_glob(pattern) else {normal(path.parent / pattern)}
+    file, _ = split_member(path)
+    names = {file, *READERS[reader].companions(file), *(label_files(path, corpus) if corpus else ())}
     return sorted(name for name in names if name.is_file())
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(mark in pattern for mark in "*?[")
 
 
 def identity_of(path: Path, reader: str, corpus: Corpus | None = None) -> tuple[str, int]:
     """Digest (16 hex) and size in bytes of a recording's files, free of dates and folders.
 
-    Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers.
+    Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers. Of a
+    table of labels that the whole corpus shares, only the recording's own cells count.
     The SHA-256 of the whole files stands in the commit of the unit that converted them.
     """
     names = companions(path, reader, corpus)
     _, member = split_member(path)
-    if not member:
-        return _sampled(names)
-    stats = [(name, name.stat()) for name in names]
-    whole, total = _sampled_once(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
-    return hashlib.sha256(f"{whole}{MEMBER_MARK}{member}".encode()).hexdigest()[:16], total
+    told = member + (label_cells(path, corpus) if corpus else "")
+    if member:
+        stats = [(name, name.stat()) for name in names]
+        whole, total = _sampled_once(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    else:
+        whole, total = _sampled(names)
+    return hashlib.sha256(f"{whole}{MEMBER_MARK}{told}".encode()).hexdigest()[:16] if told else whole, total
 
 
 @lru_cache(maxsize=8)  # thousands of recordings share a file

@@ -26,7 +26,7 @@ FILE_SOURCES = ("edf_file", "wfdb", "text_codes", "nsrr_xml", "table", "bids_eve
 """Sources that are a file of their own beside the recording."""
 
 _NEED_PATTERN = ("edf_file", "wfdb", "text_codes", "nsrr_xml", "table", "filename")
-_PLACES = ("stem", "name", "member", "subject", "session", "run")
+_PLACES: tuple[str, ...] = ("stem", "name", "member", "subject", "session", "run")
 
 Column = str | Annotated[int, Field(gt=0)]
 
@@ -52,7 +52,7 @@ class TableRule(_Strict):
         first_epoch: Number of the first epoch.
         keep: Column to the cells that are kept, for a file with several scorers or kinds of rows.
         separator: One character, or null for any run of blanks.
-        header: Whether the first line names the columns, or how the line begins that does (a preamble stands before it).
+        header: Whether the first line names the columns, or how the line begins that does and has a preamble before it.
         skip_lines: Lines before anything else.
         comment: How lines begin that are left out.
         decimal: Sign before the fraction.
@@ -202,7 +202,9 @@ def rules_of(annotations: AnnotationRule | tuple[AnnotationRule, ...]) -> tuple[
     return annotations if isinstance(annotations, tuple) else (annotations,)
 
 
-def check_rules(annotations: AnnotationRule | tuple[AnnotationRule, ...]) -> AnnotationRule | tuple[AnnotationRule, ...]:
+def check_rules(
+    annotations: AnnotationRule | tuple[AnnotationRule, ...],
+) -> AnnotationRule | tuple[AnnotationRule, ...]:
     """The same rules.
 
     Raises:

@@ -44,7 +44,7 @@ def interval(onset, duration, text):
 
 def test_dreams_codes_become_runs_of_stages(shared_data):
     dreams = load_corpus("dreams_psg")
-    found = read_labels(read_header(shared_data / "dreams_spindles/excerpt3.edf", "edf"), dreams, subject="3")
+    found = read_labels(read_header(shared_data / "dreams_spindles/excerpt3.edf", "edf"), dreams)
     lines = (shared_data / "dreams_spindles/Hypnogram_excerpt3.txt").read_text().split()[1:]
     for place, code in enumerate(lines):
         expected = dreams.annotations.map[code]
@@ -57,11 +57,15 @@ def test_dreams_codes_become_runs_of_stages(shared_data):
 def test_stage_codes_of_ucddb_give_one_run_per_change(tmp_path, shared_data):
     text = (shared_data / "ucddb_epochs/ucddb018_stage.txt").read_text()
     (tmp_path / "a_stage.txt").write_text(text)
-    rule = {"source": "text_codes", "pattern": "{stem}_stage.txt", "map": {str(i): "?" for i in range(9)}}
+    stages = dict(zip("012345678", ["W", "R", "N1", "N2", "N3", "N3", "?", "?", "?"], strict=True))
+    rule = {"source": "text_codes", "pattern": "{stem}_stage.txt", "map": stages}
     found = read_labels(recording(tmp_path / "a.edf"), corpus(rule))
-    codes = text.split()
+    codes = [stages[code] for code in text.split()]
     assert sum(stage.duration for stage in found.stages) == 30 * len(codes)
     assert len(found.stages) == 1 + sum(a != b for a, b in pairwise(codes))
+    assert found.scoring is not None
+    assert found.scoring.scored_s == 120
+    assert found.scoring.outside_s == 30 * sum(stage != "?" for stage in codes) - 120
 
 
 def test_rhythms_of_a_wfdb_file_last_to_the_next(shared_data):
@@ -117,11 +121,11 @@ def test_a_second_edf_file_is_found_by_glob_and_moved_by_its_start(tmp_path, sha
     sleep = load_corpus("sleep_edf")
     path = tmp_path / "SC4001E0-PSG.edf"
     for start, first in (("16:13:00", 0), ("16:12:30", 30), ("16:14:00", -60)):
-        found = read_labels(recording(path, start_time=start), sleep, subject="00")
+        found = read_labels(recording(path, start_time=start), sleep)
         assert spans(found.stages)[0] == (first, 30630, "W")
     (tmp_path / "SC4001EH-Hypnogram.edf").write_bytes(hypnogram)
     with pytest.raises(RecordingError, match="2 label files") as caught:
-        read_labels(recording(path), sleep, subject="00")
+        read_labels(recording(path), sleep)
     assert caught.value.reason == "ANNOTATION_INVALID"
 
 
@@ -139,10 +143,12 @@ def test_promised_labels_that_are_missing_or_garbled_are_refused(tmp_path):
     with pytest.raises(RecordingError, match="0 label files"):
         read_labels(recording(tmp_path / "a.edf"), corpus(rule))
     (tmp_path / "a.txt").write_text("0\n1 2\n")
-    with pytest.raises(RecordingError, match="1 2"):
+    with pytest.raises(RecordingError, match="line 2"):
         read_labels(recording(tmp_path / "a.edf"), corpus(rule))
-    with pytest.raises(ConfigError, match="scorer"):
-        read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "pattern": "{scorer}.txt"}))
+    with pytest.raises(ConfigError, match="session"):
+        read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "pattern": "{session}.txt"}))
+    with pytest.raises(ValueError, match="scorer"):
+        corpus({**rule, "pattern": "{scorer}.txt"})
 
 
 def test_texts_that_are_not_listed_are_counted_and_null_is_left_out(tmp_path):
@@ -151,13 +157,12 @@ def test_texts_that_are_not_listed_are_counted_and_null_is_left_out(tmp_path):
     found = read_labels(recording(tmp_path / "a.edf"), corpus(rule))
     assert spans(found.stages) == [(0, 40, "W"), (80, 20, "W")]
     assert found.unmapped == {"8": 1}
-    assert read_labels(recording(tmp_path / "a.edf"), corpus({"source": "none"})).annotations == ()
+    assert read_labels(recording(tmp_path / "a.edf"), corpus({"source": "none"})) == Labels()
 
 
 def test_a_stage_needs_half_of_the_epoch():
     labels = Labels(
-        target="stage",
-        annotations=(interval(0, 10, "W"), interval(10, 5, "N1"), interval(15, 14, "W"), interval(60, 15, "R")),
+        stages=(interval(0, 10, "W"), interval(10, 5, "N1"), interval(15, 14, "W"), interval(60, 15, "R")),
     )
     assert labels.stage_at(Fraction(0), 30) == "W"
     assert labels.stage_at(Fraction(30), 30) == "?"
@@ -172,7 +177,7 @@ def test_a_stage_needs_half_of_the_epoch():
 )
 def test_events_of_a_window_are_those_that_touch_it(pairs, start, window_s):
     events = tuple(interval(onset, duration, f"{i}") for i, (onset, duration) in enumerate(sorted(pairs)))
-    inside, covering = Labels(annotations=events).events_in(Fraction(start), window_s)
+    inside, covering = Labels(events=events).events_in(Fraction(start), window_s)
     stop = start + window_s
     touching = [e for e in events if (e.onset < stop and e.onset + e.duration > start) or start <= e.onset < stop]
     assert [text for _, _, text in inside] == [e.text for e in touching]
@@ -188,6 +193,6 @@ def test_records_without_rhythm_marks_and_with_empty_notes(shared_data: Path, re
     corpus = load_corpus("cpsc2021_af")
     path = shared_data / "cpsc2021_af" / f"{record}.hea"
     recording = read_header(path, corpus.reader, corpus.layout)
-    found = read_labels(recording, corpus, subject=record.split("_")[1])
+    found = read_labels(recording, corpus)
     assert len(found.events) == num_rhythms
     assert not found.unmapped

@@ -8,16 +8,8 @@ import pytest
 from engine.annotations import Labels
 from engine.read import read_header, read_signals
 from engine.recording import Annotation, Channel, Recording, Segment
-from engine.windows import (
-    Losses,
-    Sample,
-    clean_prefilter,
-    in_canonical_unit,
-    recording_id,
-    segment_samples,
-    window_labels,
-    window_recording,
-)
+from engine.rows import Losses, clean_prefilter, in_canonical_unit, segment_samples
+from engine.windows import Sample, recording_id, window_labels, window_recording
 from manifests.corpora import Corpus, load_corpus, split_of, subject_hash
 from manifests.errors import RecordingError
 from manifests.recipes import Recipe, load_recipe
@@ -219,16 +211,16 @@ def label(onset: int, duration: int, text: str) -> Annotation:
 
 
 def test_stages_events_and_classes_of_a_window() -> None:
-    stages = Labels(annotations=(label(0, 60, "W"), label(60, 20, "N1")), target="stage")
+    stages = Labels(stages=(label(0, 60, "W"), label(60, 20, "N1")))
     assert window_labels(stages, Fraction(30), window_s=60, rate_hz=10) == {"stage": ["W", "N1"]}
     assert window_labels(stages, Fraction(70), window_s=30, rate_hz=10) == {"stage": ["?"]}
-    events = Labels(annotations=(label(0, 5, "rest"), label(5, 4, "left")), target="events")
+    events = Labels(events=(label(0, 5, "rest"), label(5, 4, "left")))
     assert window_labels(events, Fraction(4), window_s=4, rate_hz=10) == {
         "events": [[0, 10, "rest"], [10, 30, "left"]],
         "classes": ["rest"],
     }
     assert window_labels(
-        Labels(annotations=(label(0, 9, "426783006"),), target="classes"), Fraction(0), window_s=4, rate_hz=10
+        Labels(classes=("426783006",)), Fraction(0), window_s=4, rate_hz=10
     ) == {"classes": ["426783006"]}
 
 
