@@ -1,22 +1,31 @@
-"""EDF, EDF+, BDF and BDF+ files: signals read in blocks of records, annotations, gaps; suffixes are not asked.
+"""EDF, EDF+, BDF and BDF+ files, gzip-compressed too: blocks of records, annotations, gaps; suffixes are not asked.
 
 A header that contradicts its file is repaired only where no sample value can depend on it; every repair is
-listed in `Recording.repairs`. Anything else is refused with a reason.
+listed in `Recording.repairs`, in words that never quote the header. Anything else is refused with a reason.
+
+Compared sample by sample with edfio, pyedflib and MNE on every real file at hand (tests/engine/test_edf_peers.py
+states each difference): values differ by the rounding of float32 only. Where a peer differs, it refuses the file
+(pyedflib: wrong record counts, gaps, a physical range of nothing), joins the pieces of an EDF+D file, makes every
+rate the highest one (MNE), or scales a channel that has no gain.
 """
 
+import contextlib
+import gzip
 import io
-import itertools
 import os
-import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
-from engine.readers.edf_header import Header, Signal, parse_header
-from engine.recording import Annotation, Channel, Recording, Segment
+from engine.readers.edf_header import GZIP_MAGIC, Header, Signal, parse_header
+from engine.readers.edf_tals import Record, annotations_of, origin_of, parse_record, segments_of
+from engine.readers.text import parse_layout
+from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
 
 _BLOCK_BYTES = 1 << 20  # about 60 records of a clinical EEG; larger blocks fall out of the L2 cache
@@ -24,42 +33,58 @@ _SCAN_BYTES = 64 << 20  # bytes looked at for damage by a text conversion
 _FEW_PAIRS = 16  # line ends below which nothing is concluded from them
 _END_RECORDS = 16  # records at either end of a file that are tested for a shift
 _OUTSIDE_SHARE = 0.02  # of these samples may lie outside the digital range
-_ONSET = re.compile(rb"[+-]\d+(?:\.\d*)?")
+_MAX_RATIO = 200  # of a compressed recording: real ones reach 10, DEFLATE's limit is 1032
+_FREE_BYTES = 64 << 20  # below which the ratio does not matter
+_MAX_TOTAL_S = 400 * 86400  # longest recording believed; ResMed's summary of a year has 365 days
+
+_Stream = io.FileIO | gzip.GzipFile
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Record:
-    """Annotations of one data record; onset is the text of its timekeeping TAL, None without one."""
+class EdfLayout(BaseModel):
+    """`layout` of a corpus with `reader: edf`.
 
-    onset: bytes | None
-    annotations: tuple[tuple[bytes, bytes, bytes], ...]
+    Attributes:
+        encoding: Of labels and annotations that are not UTF-8. It is declared because no file says it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoding: Literal["latin-1", "cp1252", "cp1251", "shift_jis", "euc_jp", "euc_kr", "gb18030"] = "latin-1"
 
 
 def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
     """Channels with exact native rates, contiguous segments and annotations; no signal is read.
 
+    `extra` holds `format`, `start_time` (HH:MM:SS or empty) and `start_subsecond`: seconds, a fraction as text,
+    from that start time to the first sample, which EDF+ states in its first record.
+
     Raises:
-        RecordingError: `NOT_A_RECORDING`, `HEADER_INVALID`, `TRUNCATED` or `ANNOTATION_INVALID`.
+        RecordingError: `NOT_A_RECORDING`, `HEADER_INVALID`, `TRUNCATED`, `ANNOTATION_INVALID`, or `SIGNAL_INVALID`
+            for a compressed file that is damaged or blows up.
+        ConfigError: The layout breaks its schema.
     """
+    encoding = parse_layout(EdfLayout, layout, "edf").encoding
     repairs: list[str] = []
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = parse_header(stream, str(path), repairs)
-        records: list[_Record] = []
+    with _opened(path) as stream:
+        size = _size_of(stream, path)
+        header = parse_header(stream, str(path), repairs, encoding=encoding)
+        _refuse_impossible(header, path)
+        records: list[Record] = []
         num_records = _whole_records(header, size)
         if header.annotation_signals:
-            records = [_parse_record(raw) for raw in _annotation_bytes(stream.fileno(), header, num_records)]
-        num_records = _settle_size(header, size, path, records, repairs)
+            records = [parse_record(raw) for raw in _annotation_bytes(stream, header, num_records)]
+        num_records = _settle_size(header, stream, size, path=path, records=records, repairs=repairs)
     records = records[:num_records]
     channels = _channels(header, num_records, repairs)
     segments = _segments(header, records, num_records=num_records, channels=channels, where=str(path), repairs=repairs)
+    origin = origin_of(records, header.record_duration)
     return Recording(
         path=path,
         channels=channels,
         segments=segments if channels else (),
-        annotations=_annotations(records),
+        annotations=annotations_of(records, origin, encoding, repairs),
         repairs=tuple(repairs),
-        extra={"format": header.kind, "start_time": header.start_time},
+        extra={"format": header.kind, "start_time": header.start_time, "start_subsecond": str(origin)},
         layout=dict(layout),
     )
 
@@ -75,8 +100,9 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
         RecordingError: `TRUNCATED` if the file has lost bytes since its header was read.
     """
     by_index = {channel.index: channel for channel in recording.channels}
-    with recording.path.open("rb", buffering=0) as stream:
-        header = parse_header(stream, str(recording.path), [])
+    encoding = parse_layout(EdfLayout, recording.layout, "edf").encoding
+    with _opened(recording.path) as stream:
+        header = parse_header(stream, str(recording.path), [], encoding=encoding)
         signals = [header.signals[index] for index in indices]
         outputs = [np.empty(by_index[index].num_samples, dtype=np.float32) for index in indices]
         if not signals:
@@ -95,7 +121,42 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
     return outputs
 
 
-def _fill(stream: io.FileIO, view: memoryview, path: Path) -> None:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Stream]:
+    """The file's bytes, decompressed where it is gzip."""
+    with path.open("rb", buffering=0) as raw:
+        is_gzip = raw.read(2) == GZIP_MAGIC
+        raw.seek(0)
+        if not is_gzip:
+            yield raw
+            return
+        try:
+            with gzip.GzipFile(fileobj=raw) as stream:
+                yield stream
+        except EOFError:
+            raise RecordingError("TRUNCATED", f"{path}: the compressed file ends early; fetch it again") from None
+        except (zlib.error, gzip.BadGzipFile) as error:
+            raise RecordingError("SIGNAL_INVALID", f"{path}: damaged gzip file: {error}; get a sound copy") from error
+
+
+def _size_of(stream: _Stream, path: Path) -> int:
+    """Size in bytes of what can be read; a compressed file is read through once, as its own count may wrap."""
+    compressed = path.stat().st_size
+    if not isinstance(stream, gzip.GzipFile):
+        return compressed
+    size = 0
+    while block := stream.read(_BLOCK_BYTES):
+        size += len(block)
+        if size > max(_FREE_BYTES, _MAX_RATIO * compressed):
+            raise RecordingError(
+                "SIGNAL_INVALID",
+                f"{path}: {compressed} bytes hold more than {_MAX_RATIO} times as many: no sensor gives such samples",
+            )
+    stream.seek(0)
+    return size
+
+
+def _fill(stream: _Stream, view: memoryview, path: Path) -> None:
     while view:
         count = stream.readinto(view)
         if not count:
@@ -126,11 +187,22 @@ def _decode(block: np.ndarray, signal: Signal, sample_bytes: int, *, out: np.nda
         out += np.float32(signal.offset)
 
 
+def _refuse_impossible(header: Header, path: Path) -> None:
+    """Raise where the header's times contradict its signals."""
+    if not header.record_duration and not header.annotation_signals:
+        raise RecordingError(
+            "HEADER_INVALID",
+            f"{path}: records of 0 s and no annotations: the sampling rates are unknown; get a sound copy",
+        )
+
+
 def _whole_records(header: Header, size: int) -> int:
     return max(0, size - header.data_start) // header.record_bytes if header.record_bytes else 0
 
 
-def _settle_size(header: Header, size: int, path: Path, records: Sequence[_Record], repairs: list[str]) -> int:
+def _settle_size(
+    header: Header, stream: _Stream, size: int, *, path: Path, records: Sequence[Record], repairs: list[str]
+) -> int:
     """Number of data records to trust, or a refusal where samples may have shifted."""
     declared, whole = header.num_records, _whole_records(header, size)
     rest = max(0, size - header.data_start) - whole * header.record_bytes
@@ -139,15 +211,19 @@ def _settle_size(header: Header, size: int, path: Path, records: Sequence[_Recor
     )
     if whole == 0:
         raise RecordingError("TRUNCATED", f"{found}: no complete record")
+    if whole * header.record_duration > _MAX_TOTAL_S:
+        raise RecordingError(
+            "HEADER_INVALID", f"{found}; records of {float(header.record_duration):g} s make more than 400 days"
+        )
     if declared != whole or rest:
-        _refuse_line_ends(path, found)
+        _refuse_line_ends(stream, found)
         if records and not all(record.onset for record in records):
             raise RecordingError(
                 "HEADER_INVALID",
                 f"{found}, and record times are unreadable: bytes were lost or added; get a sound copy",
             )
         if declared >= 0:
-            _refuse_shifted(header, path, whole, found)
+            _refuse_shifted(header, stream, whole, found)
         if whole > declared >= 0 and rest and not records:
             raise RecordingError("HEADER_INVALID", f"{found}: nothing tells where records begin; get a sound copy")
     if declared < 0:
@@ -162,31 +238,33 @@ def _settle_size(header: Header, size: int, path: Path, records: Sequence[_Recor
     return whole
 
 
-def _refuse_line_ends(path: Path, found: str) -> None:
+def _refuse_line_ends(stream: _Stream, found: str) -> None:
     """Raise if every LF stands after a CR: in sound recordings next to none does."""
-    with path.open("rb") as stream:
-        data = stream.read(_SCAN_BYTES)
-    feeds, pairs = data.count(b"\n"), data.count(b"\r\n")
+    stream.seek(0)
+    feeds = pairs = 0
+    last = b""
+    for _ in range(_SCAN_BYTES // _BLOCK_BYTES):
+        data = last + (block := stream.read(_BLOCK_BYTES))
+        feeds, pairs, last = feeds + block.count(b"\n"), pairs + data.count(b"\r\n"), block[-1:]
     if feeds >= _FEW_PAIRS and pairs == feeds:
         raise RecordingError(
             "HEADER_INVALID", f"{found}; every LF stands after a CR: line ends were converted; get a sound copy"
         )
 
 
-def _refuse_shifted(header: Header, path: Path, num_records: int, found: str) -> None:
+def _refuse_shifted(header: Header, stream: _Stream, num_records: int, found: str) -> None:
     """Raise if bytes went missing in the middle, which shifts the samples after them.
 
     Samples read across the wrong borders leave the digital range of their header. A sound file may have a signal
     that always does (a sensor that was off), hence the comparison with the file's beginning. That no CR LF is
     left proves nothing: sound files of eegmmidb have none among 10,000 of each.
     """
-    with path.open("rb") as stream:
-        count = min(_END_RECORDS, num_records)
-        ends = []
-        for first in (0, num_records - count):
-            stream.seek(header.data_start + first * header.record_bytes)
-            raw = np.frombuffer(stream.read(count * header.record_bytes), dtype=np.uint8)
-            ends.append(_outside_shares(raw.reshape(count, -1), header))
+    count = min(_END_RECORDS, num_records)
+    ends = []
+    for first in (0, num_records - count):
+        stream.seek(header.data_start + first * header.record_bytes)
+        raw = np.frombuffer(_exactly(stream, count * header.record_bytes), dtype=np.uint8)
+        ends.append(_outside_shares(raw.reshape(count, -1), header))
     num_worse = int(np.sum(ends[1] > ends[0] + _OUTSIDE_SHARE))
     if num_worse >= min(2, len(ends[1])) > 0:
         raise RecordingError(
@@ -207,54 +285,30 @@ def _outside_shares(block: np.ndarray, header: Header) -> np.ndarray:
     return np.array(shares)
 
 
-def _annotation_bytes(descriptor: int, header: Header, num_records: int) -> Iterator[list[bytes]]:
+def _exactly(stream: _Stream, count: int) -> bytes:
+    """So many bytes, of which an unbuffered file may give fewer at once."""
+    parts: list[bytes] = []
+    while count > 0 and (part := stream.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _annotation_bytes(stream: _Stream, header: Header, num_records: int) -> Iterator[list[bytes]]:
     """Per record, the bytes of each annotation signal."""
     places = [
         (signal.offset_samples * header.sample_bytes, signal.num_samples * header.sample_bytes)
         for signal in header.annotation_signals
     ]
-    for index in range(num_records):
-        start = header.data_start + index * header.record_bytes
+    if isinstance(stream, gzip.GzipFile):
+        stream.seek(header.data_start)
+        for _ in range(num_records):
+            record = _exactly(stream, header.record_bytes)
+            yield [record[offset : offset + count] for offset, count in places]
+        return
+    descriptor, record_bytes = stream.fileno(), header.record_bytes
+    for start in range(header.data_start, header.data_start + num_records * record_bytes, max(1, record_bytes)):
         yield [os.pread(descriptor, count, start + offset) for offset, count in places]
-
-
-def _parse_record(parts: Sequence[bytes]) -> _Record:
-    """Time-stamped annotation lists of one record (EDF+ 2.2.2); what is not one is passed over."""
-    onset: bytes | None = None
-    found: list[tuple[bytes, bytes, bytes]] = []
-    for position, raw in enumerate(parts):
-        for place, tal in enumerate(raw.split(b"\0")):
-            stamp, *texts = tal.split(b"\x14")
-            start, _, duration = stamp.partition(b"\x15")
-            if not texts or not _ONSET.fullmatch(start):
-                continue
-            if position == 0 and place == 0 and not texts[0]:
-                onset = start
-            found.extend((start, duration, text) for text in texts if text)
-    return _Record(onset=onset, annotations=tuple(found))
-
-
-def _annotations(records: Sequence[_Record]) -> tuple[Annotation, ...]:
-    origin = Fraction((records[0].onset or b"0").decode()) if records else Fraction(0)
-    return tuple(
-        Annotation(onset=_seconds(onset) - origin, duration=_seconds(duration), text=_decode_text(text))
-        for record in records
-        for onset, duration, text in record.annotations
-    )
-
-
-def _seconds(raw: bytes) -> Fraction:
-    try:
-        return Fraction(raw.decode("ascii")) if raw else Fraction(0)
-    except ValueError:
-        return Fraction(0)
-
-
-def _decode_text(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1").strip()
 
 
 def _channels(header: Header, num_records: int, repairs: list[str]) -> tuple[Channel, ...]:
@@ -262,8 +316,8 @@ def _channels(header: Header, num_records: int, repairs: list[str]) -> tuple[Cha
     for signal in header.signals:
         if signal.is_annotation:
             continue
-        if not header.record_duration or not signal.num_samples:
-            repairs.append(f"signal {signal.index} {signal.label!r} has no sampling rate: left out")
+        if not header.record_duration or not signal.num_samples:  # as ResMed's Crc16 beside its events
+            repairs.append(f"signal {signal.index} has no sampling rate: left out")
             continue
         channels.append(
             Channel(
@@ -281,39 +335,31 @@ def _channels(header: Header, num_records: int, repairs: list[str]) -> tuple[Cha
 
 def _segments(
     header: Header,
-    records: Sequence[_Record],
+    records: Sequence[Record],
     *,
     num_records: int,
     channels: Sequence[Channel],
     where: str,
     repairs: list[str],
 ) -> tuple[Segment, ...]:
-    """Runs of records whose onsets follow each other, in EDF+C as in EDF+D: either may hide a gap."""
-    duration = header.record_duration
-    whole = (Segment(start=Fraction(0), duration=num_records * duration),)
-    if not records or not channels:
-        if header.kind.endswith("D") and channels:
+    whole = (Segment(start=Fraction(0), duration=num_records * header.record_duration),)
+    is_plus = header.kind.endswith(("C", "D"))
+    if not channels:
+        return ()
+    if not records:
+        if header.kind.endswith("D"):
             raise RecordingError("ANNOTATION_INVALID", f"{where}: EDF+D without annotations: gaps cannot be placed")
-        if header.kind.endswith("C") and not records:
+        if is_plus:
             repairs.append("EDF+ without an annotation channel read as EDF")
         return whole
-    missing = sum(record.onset is None for record in records)
-    if missing:
-        if header.kind.endswith("D"):
-            raise RecordingError("ANNOTATION_INVALID", f"{where}: {missing} records of an EDF+D file have no onset")
-        repairs.append(f"{missing} of {num_records} records have no onset: read as contiguous")
+    if not is_plus and not all(record.onset for record in records):
+        repairs.append("annotations of a plain EDF do not give the times of all records: read as contiguous")
         return whole
-    onsets = np.array([float(record.onset or 0) for record in records])
-    tolerance = max(1e-3, 1 / float(max(channel.rate for channel in channels)))
-    jumps = np.diff(onsets) - float(duration)
-    starts = [0, *(np.flatnonzero(np.abs(jumps) > tolerance) + 1).tolist(), num_records]
-    repairs.extend(
-        f"record {start} begins {-jumps[start - 1]:g} s before the end of the one before it"
-        for start in starts[1:-1]
-        if jumps[start - 1] < 0
-    )
-    origin = _seconds(records[0].onset or b"")
-    return tuple(
-        Segment(start=_seconds(records[first].onset or b"") - origin, duration=(stop - first) * duration)
-        for first, stop in itertools.pairwise(starts)
+    return segments_of(
+        records,
+        duration=header.record_duration,
+        kind=header.kind,
+        max_rate=max(channel.rate for channel in channels),
+        where=where,
+        repairs=repairs,
     )

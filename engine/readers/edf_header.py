@@ -5,11 +5,14 @@ Source: Kemp et al. 1992 (EDF), Kemp and Olivan 2003 (EDF+, https://www.edfplus.
 
 import math
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import BinaryIO
+from typing import Protocol
 
+from engine.readers.edf_tals import decode_text
 from manifests.errors import RecordingError
 
 FILE_FIELDS = (
@@ -36,9 +39,23 @@ SIGNAL_FIELDS = (
     ("num_samples", 8),
     ("reserved", 32),
 )
-ANNOTATION_LABELS = ("EDF Annotations", "BDF Annotations")
+ANNOTATION_LABELS = ("edf annotations", "bdf annotations")
+GZIP_MAGIC = b"\x1f\x8b"
 
 _FILE_BYTES = _SIGNAL_BYTES = 256
+_UNUSED = ("version", "patient", "recording", "transducer")  # not decoded: words about persons and devices
+_WHOLE_NUMBER = re.compile(r"[-+]?\d+", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?", re.ASCII)
+_MIN_DURATION_S, _MAX_DURATION_S = Fraction(1, 1_000_000), 1_000_000  # of a record; 86,400 s exist (ResMed STR)
+_MAX_GAIN = 10**30
+
+
+class Readable(Protocol):
+    """A file opened for reading bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes from where it stands."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +76,7 @@ class Signal:
     @property
     def is_annotation(self) -> bool:
         """Whether it holds time-stamped lists instead of samples."""
-        return self.label in ANNOTATION_LABELS
+        return self.label.lower() in ANNOTATION_LABELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +102,23 @@ class Header:
         return tuple(signal for signal in self.signals if signal.is_annotation)
 
 
-def parse_header(stream: BinaryIO, where: str, repairs: list[str]) -> Header:
-    """Header at the start of a stream; what had to be repaired is appended to `repairs`.
+def parse_header(stream: Readable, where: str, repairs: list[str], *, encoding: str | None = None) -> Header:
+    """Header at the start of a stream; what had to be repaired is appended to `repairs`, without the header's words.
+
+    Args:
+        stream: A file opened for reading, at its start.
+        where: Name of the file for messages.
+        repairs: Grows by one sentence for each repair.
+        encoding: Of labels that are not UTF-8; Latin-1 where the corpus file declares none.
 
     Raises:
         RecordingError: `NOT_A_RECORDING`, `TRUNCATED` or `HEADER_INVALID`.
     """
     fixed = stream.read(_FILE_BYTES)
     sample_bytes = _sample_bytes(fixed, where)
+    notes: Counter[str] = Counter()
     fields = dict(_walk(fixed, FILE_FIELDS, 1))
-    text = {name: _text(values[0], name, repairs) for name, values in fields.items()}
+    text = {name: _text(values[0], notes) for name, values in fields.items() if name not in _UNUSED}
     num_signals = _integer(text["num_signals"], "number of signals", where)
     table = stream.read(num_signals * _SIGNAL_BYTES) if num_signals > 0 else b""
     if num_signals < 1 or len(table) < num_signals * _SIGNAL_BYTES:
@@ -105,15 +129,17 @@ def parse_header(stream: BinaryIO, where: str, repairs: list[str]) -> Header:
         )
     expected_bytes = _FILE_BYTES + num_signals * _SIGNAL_BYTES
     if text["header_bytes"] != str(expected_bytes):
-        repairs.append(f"header byte count {text['header_bytes']!r} replaced by {expected_bytes}")
-    duration = _fraction(text["record_duration"], "record duration", repairs)
-    if duration is None or duration < 0:
+        repairs.append(f"header byte count {shown(text['header_bytes'])} replaced by {expected_bytes}")
+    duration = _number(text["record_duration"], notes)
+    if duration is None or not (duration == 0 or _MIN_DURATION_S <= duration <= _MAX_DURATION_S):
         raise RecordingError(
-            "HEADER_INVALID", f"{where}: record duration {text['record_duration']!r} is not a time in seconds"
+            "HEADER_INVALID", f"{where}: record duration {shown(text['record_duration'])} is not a time in seconds"
         )
-    num_records = re.fullmatch(r"-?\d+", text["num_records"])
+    num_records = _WHOLE_NUMBER.fullmatch(text["num_records"])
     columns = dict(_walk(table, SIGNAL_FIELDS, num_signals))
     rows = [{name: values[index] for name, values in columns.items()} for index in range(num_signals)]
+    signals = tuple(_parse_signals(rows, where, notes, repairs, encoding))
+    repairs.extend(note.format(count) for note, count in notes.items())
     _check_start_date(text["start_date"], repairs)
     return Header(
         kind=("EDF", "BDF")[sample_bytes - 2] + _plus(text["reserved"]),
@@ -121,14 +147,24 @@ def parse_header(stream: BinaryIO, where: str, repairs: list[str]) -> Header:
         data_start=expected_bytes,
         num_records=int(num_records.group()) if num_records else -1,
         record_duration=duration,
-        signals=tuple(_parse_signals(rows, where, repairs)),
+        signals=signals,
         start_time=_start_time(text["start_time"], repairs),
     )
 
 
 def is_edf(start: bytes) -> bool:
-    """Whether a file that begins with these bytes calls itself EDF or BDF."""
+    """Whether a file that begins with these bytes calls itself EDF or BDF, gzip-compressed or not."""
+    if start[:2] == GZIP_MAGIC:
+        try:
+            start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _FILE_BYTES)
+        except zlib.error:
+            return False
     return start[:8].strip(b" \0") == b"0" or (start[:1] == b"\xff" and start[1:8].upper() == b"BIOSEMI")
+
+
+def shown(text: str) -> str:
+    """A header's number as a message may show it: words are left out, as they may belong to a person's name."""
+    return repr(text) if re.fullmatch(r"[-+.,:eE\d ]{0,8}", text) else "(no number)"
 
 
 def _sample_bytes(fixed: bytes, where: str) -> int:
@@ -151,23 +187,23 @@ def _walk(data: bytes, fields: Sequence[tuple[str, int]], count: int) -> Iterato
         position += width * count
 
 
-def _parse_signals(rows: Sequence[Mapping[str, bytes]], where: str, repairs: list[str]) -> Iterator[Signal]:
+def _parse_signals(
+    rows: Sequence[Mapping[str, bytes]], where: str, notes: Counter[str], repairs: list[str], encoding: str | None
+) -> Iterator[Signal]:
     offset_samples = 0
     for index, row in enumerate(rows):
         name = f"signal {index}"
-        text = {key: _text(value, f"{name} {key}", repairs) for key, value in row.items()}
+        text = {
+            key: _text(value, notes, encoding if key == "label" else None)
+            for key, value in row.items()
+            if key not in _UNUSED
+        }
         num_samples = _integer(text["num_samples"], f"{name}: samples per record", where)
         if num_samples < 0:
             raise RecordingError("HEADER_INVALID", f"{where}: {name}: {num_samples} samples per record")
-        limits = [
-            _fraction(text[key], f"{name} {key}", repairs)
-            for key in ("physical_min", "physical_max", "digital_min", "digital_max")
-        ]
+        limits = [_number(text[key], notes) for key in ("physical_min", "physical_max", "digital_min", "digital_max")]
         gain, offset, calibrated = _calibration(limits)
-        if not calibrated and text["label"] not in ANNOTATION_LABELS:
-            shown = [None if limit is None else float(limit) for limit in limits]
-            repairs.append(f"{name} {text['label']!r} has no gain (limits {shown}): digital values, uncalibrated")
-        yield Signal(
+        signal = Signal(
             index=index,
             label=text["label"],
             unit=text["unit"],
@@ -179,6 +215,9 @@ def _parse_signals(rows: Sequence[Mapping[str, bytes]], where: str, repairs: lis
             calibrated=calibrated,
             digital_limits=_digital_limits(limits[2], limits[3]),
         )
+        if not calibrated and not signal.is_annotation:
+            repairs.append(f"{name} has no gain: digital values, uncalibrated")
+        yield signal
         offset_samples += num_samples
 
 
@@ -190,7 +229,10 @@ def _calibration(limits: Sequence[Fraction | None]) -> tuple[float, float, bool]
     if physical_min == physical_max or digital_min == digital_max:
         return 1.0, 0.0, False
     gain = (physical_max - physical_min) / (digital_max - digital_min)
-    return float(gain), float(physical_min - gain * digital_min), True
+    offset = physical_min - gain * digital_min
+    if not 1 / _MAX_GAIN <= abs(gain) <= _MAX_GAIN or abs(offset) > _MAX_GAIN:
+        return 1.0, 0.0, False  # float32 does not hold its products
+    return float(gain), float(offset), True
 
 
 def _digital_limits(first: Fraction | None, second: Fraction | None) -> tuple[float, float]:
@@ -199,28 +241,29 @@ def _digital_limits(first: Fraction | None, second: Fraction | None) -> tuple[fl
     return float(min(first, second)), float(max(first, second))
 
 
-def _text(raw: bytes, name: str, repairs: list[str]) -> str:
+def _text(raw: bytes, notes: Counter[str], encoding: str | None = None) -> str:
     if b"\0" in raw:
-        repairs.append(f"{name}: NUL bytes read as blanks")
+        notes["NUL bytes in {} header fields read as blanks"] += 1
         raw = raw.replace(b"\0", b" ")
-    return raw.decode("latin-1").strip()
+    if raw.isascii():
+        return raw.decode("ascii").strip()
+    text, is_utf8 = decode_text(raw, encoding)
+    notes[f"{{}} header fields are not ASCII: read as {'utf-8' if is_utf8 else encoding or 'latin-1'}"] += 1
+    return text
 
 
 def _integer(text: str, name: str, where: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise RecordingError("HEADER_INVALID", f"{where}: {name} is {text!r}, not a whole number") from None
+    if not _WHOLE_NUMBER.fullmatch(text):
+        raise RecordingError("HEADER_INVALID", f"{where}: {name} is {shown(text)}, not a whole number")
+    return int(text)
 
 
-def _fraction(text: str, name: str, repairs: list[str]) -> Fraction | None:
+def _number(text: str, notes: Counter[str]) -> Fraction | None:
+    """Exact value, None where the field has none; exponents of more than two digits are nonsense."""
     if "," in text and "." not in text:
-        repairs.append(f"{name}: decimal comma in {text!r} read as a point")
+        notes["decimal comma in {} header numbers read as a point"] += 1
         text = text.replace(",", ".")
-    try:
-        return None if "/" in text else Fraction(text)
-    except ValueError:
-        return None
+    return Fraction(text) if _NUMBER.fullmatch(text) else None
 
 
 def _plus(reserved: str) -> str:
@@ -232,7 +275,7 @@ def _start_time(text: str, repairs: list[str]) -> str:
     match = re.fullmatch(r"(\d\d?)[.:](\d\d?)[.:](\d\d?)", text)
     if match and int(match[1]) < 24 and int(match[2]) < 60 and int(match[3]) < 60:
         return ":".join(part.zfill(2) for part in match.groups())
-    repairs.append(f"start time {text!r} does not exist: left empty")
+    repairs.append("start time does not exist: left empty")
     return ""
 
 
@@ -240,4 +283,4 @@ def _check_start_date(text: str, repairs: list[str]) -> None:
     """Only noted: the date of a recording is personal data and goes nowhere."""
     match = re.fullmatch(r"(\d\d?)[.:/-](\d\d?)[.:/-](\d\d)", text)
     if not (match and 1 <= int(match[1]) <= 31 and 1 <= int(match[2]) <= 12):
-        repairs.append(f"start date {text!r} does not exist: not used")
+        repairs.append("start date does not exist")

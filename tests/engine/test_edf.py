@@ -1,20 +1,19 @@
-"""EDF family: sample by sample against edfio, pyedflib and MNE, gaps, repairs, refusals."""
+"""EDF family: values and edges of real files, gaps, repairs, encodings, refusals; peers are in test_edf_peers."""
 
+import gzip
 import struct
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import edfio
-import mne
 import numpy as np
-import pyedflib
 import pytest
 
-from engine.read import read_header, read_signals
+from engine.read import read_header, read_signals, sniff
 from engine.recording import Recording
-from manifests.errors import RecordingError
+from manifests.errors import ConfigError, RecordingError
 
 SOUND = [
     "eegmmidb/S001/S001R04.edf",
@@ -35,8 +34,6 @@ SOUND = [
     "mne_python_testdata/edf/test.bdf",
     "resmed_cpap/DATALOG/20230822/20230822_225132_BRP.edf",
 ]
-PYEDFLIB = ["eegmmidb/S001/S001R04.edf", "sleep_edf/short_psg_SC4001_first5min.edf", "cap_sleep/brux2_100s_5ch.edf"]
-MNE = [*PYEDFLIB, "malformed_edge_cases/bdf_test.bdf"]
 
 
 @dataclass
@@ -49,8 +46,8 @@ class Signal:
     records: list = field(default_factory=lambda: [np.arange(i * 4, i * 4 + 4) for i in range(5)])
 
 
-def tal(text: str, width: int = 40) -> np.ndarray:
-    raw = text.encode("utf-8").ljust(width, b"\0")
+def tal(text: str, width: int = 40, encoding: str = "utf-8") -> np.ndarray:
+    raw = text.encode(encoding).ljust(width, b"\0")
     return np.frombuffer(raw, dtype="<i2")
 
 
@@ -118,39 +115,6 @@ def test_every_sample_equals_edfio(shared_data, name):
         assert np.abs(ours - theirs.data).max() <= 4e-7 * (scale + offset), channel.label
     assert sum(segment.duration for segment in recording.segments) == recording.duration
     assert all(channel.rate * recording.duration == channel.num_samples for channel in recording.channels)
-
-
-@pytest.mark.parametrize("name", PYEDFLIB)
-def test_every_sample_equals_pyedflib(shared_data, name):
-    recording, signals = everything(shared_data / name)
-    with pyedflib.EdfReader(str(shared_data / name)) as reader:
-        assert reader.signals_in_file == len(signals)
-        for index, (channel, ours) in enumerate(zip(recording.channels, signals, strict=True)):
-            assert np.allclose(ours, reader.readSignal(index), rtol=3e-7, atol=1e-4)
-            assert float(channel.rate) == reader.getSampleFrequency(index)
-
-
-@pytest.mark.parametrize("name", MNE)
-def test_every_sample_equals_mne_where_rates_agree(shared_data, name):
-    recording, signals = everything(shared_data / name)
-    read = mne.io.read_raw_bdf if name.endswith("bdf.bdf") else mne.io.read_raw_edf
-    if name.endswith(".bdf"):
-        read = mne.io.read_raw_bdf
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        raw = read(shared_data / name, verbose="error")
-        volts = raw.get_data()
-    fastest = max(channel.rate for channel in recording.channels)
-    compared = 0
-    for channel, ours, theirs in zip(recording.channels, signals, volts, strict=True):
-        if channel.rate == fastest and channel.unit == "uV":
-            assert np.allclose(ours, theirs * 1e6, rtol=1e-6, atol=1e-4), channel.label
-            compared += 1
-    assert compared >= 3
-    ours_texts = [(float(a.onset), float(a.duration), a.text) for a in recording.annotations]
-    assert ours_texts == [
-        (pytest.approx(a["onset"]), pytest.approx(a["duration"]), a["description"]) for a in raw.annotations
-    ]
 
 
 def test_hypnogram_file_has_annotations_and_no_channels(shared_data):
@@ -223,8 +187,8 @@ def test_a_channel_without_gain_is_uncalibrated_and_the_others_stay(tmp_path, li
         ({"num_records": "8"}, "truncated: 5 of 8 records"),
         ({"num_records": "3"}, "file holds 5 records where the header says 3"),
         ({"extra": b"\x01\x02\x03"}, "3 bytes after the last complete record"),
-        ({"start_date": "00.00.00"}, "start date '00.00.00' does not exist"),
-        ({"start_time": "25.61.00"}, "start time '25.61.00' does not exist"),
+        ({"start_date": "00.00.00"}, "start date does not exist"),
+        ({"start_time": "25.61.00"}, "start time does not exist"),
         ({"duration": "1\0\0"}, "NUL"),
     ],
 )
@@ -335,3 +299,140 @@ def test_channels_come_in_the_order_asked(shared_data):
     assert np.array_equal(first, swapped[1])
     assert np.array_equal(third, swapped[0])
     assert len(third) == 300
+
+
+def stamped(*onsets: str) -> Signal:
+    return annotations(*[f"{onset}\x14\x14\0" for onset in onsets])
+
+
+def test_records_that_overlap_begin_where_the_one_before_ends(tmp_path):
+    path = write(tmp_path / "a.edf", [Signal(), stamped("+0", "+1", "+1.5", "+2.5", "+5")], reserved="EDF+D")
+    recording, (signal,) = everything(path)
+    assert [(s.start, s.duration) for s in recording.segments] == [(0, 2), (2, 2), (5, 1)]
+    assert recording.repairs == ("1 records overlap the one before: they begin where it ends",)
+    assert signal == pytest.approx(np.arange(20) / 10)
+
+
+@pytest.mark.parametrize("reserved", ["EDF+C", "EDF+D"])
+def test_record_times_that_go_back_are_refused(tmp_path, reserved):
+    path = write(tmp_path / "a.edf", [Signal(), stamped("+0", "+1", "+2", "+0", "+1")], reserved=reserved)
+    error = refusal(path)
+    assert error.reason == "HEADER_INVALID"
+    assert "record 3 begins 3 s before" in str(error)
+
+
+def test_a_missing_record_time_follows_the_one_before_and_hides_no_gap(tmp_path):
+    signals = [Signal(), annotations("+7\x14\x14\0", "", "+9\x14\x14\0", "+20\x14\x14\0", "")]
+    recording = read_header(write(tmp_path / "a.edf", signals, reserved="EDF+C"), "edf")
+    assert [(s.start, s.duration) for s in recording.segments] == [(0, 3), (13, 2)]
+    assert recording.repairs == ("2 of 5 records have no onset: taken to follow the one before",)
+    assert refusal(write(tmp_path / "a.edf", signals, reserved="EDF+D")).reason == "ANNOTATION_INVALID"
+
+
+def test_record_times_with_too_few_decimals_are_no_gaps_and_full_seconds_are(tmp_path):
+    rounded = write(tmp_path / "a.edf", [Signal(), stamped("+0", "+0.33", "+0.67", "+1.00", "+1.33")],
+                    reserved="EDF+C", duration="0.333333")  # fmt: skip
+    assert len(read_header(rounded, "edf").segments) == 1
+    exact = write(tmp_path / "b.edf", [Signal(), stamped("+0", "+1", "+3", "+4", "+5")], reserved="EDF+C")
+    assert [s.start for s in read_header(exact, "edf").segments] == [0, 3]
+
+
+def test_record_times_that_drift_are_said(tmp_path):
+    long = Signal(records=[np.arange(4)] * 600)
+    onsets = [f"+{index * 1.0005:.4f}" for index in range(600)]
+    recording = read_header(write(tmp_path / "a.edf", [long, stamped(*onsets)], reserved="EDF+C"), "edf")
+    assert len(recording.segments) == 1
+    assert recording.repairs == ("record times of segment 0 drift by 0.299 s: placed by sampling rate",)
+
+
+def test_the_first_record_tells_the_fraction_of_a_second(tmp_path):
+    signals = [
+        Signal(),
+        annotations("+0.25\x14\x14\0+2\x14Lights off\x14\0", *[f"+{i}.25\x14\x14\0" for i in range(1, 5)]),
+    ]
+    recording = read_header(write(tmp_path / "a.edf", signals, reserved="EDF+C"), "edf")
+    assert (recording.extra["start_time"], recording.extra["start_subsecond"]) == ("22:30:00", "1/4")
+    assert recording.annotations[0].onset == Fraction(7, 4)
+    assert read_header(write(tmp_path / "b.edf", [Signal()]), "edf").extra["start_subsecond"] == "0"
+
+
+WORDS = {"shift_jis": "睡眠", "utf-8": "睡眠", "latin-1": "Öl"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared", "expected", "said"),
+    [
+        ("utf-8", {}, "睡眠", ["1 header fields are not ASCII: read as utf-8"]),
+        ("latin-1", {}, "Öl", ["1 header fields are not ASCII: read as latin-1", "1 different annotation texts"]),
+        ("shift_jis", {"encoding": "shift_jis"}, "睡眠", ["read as shift_jis", "not UTF-8: read as shift_jis"]),
+        ("shift_jis", {}, "睡眠".encode("shift_jis").decode("latin-1"), ["read as latin-1", "read as latin-1"]),
+    ],
+)
+def test_labels_and_annotations_are_utf_8_or_what_is_declared(tmp_path, encoding, declared, expected, said):
+    word = WORDS[encoding].encode(encoding).decode("latin-1")
+    notes = stamped("+0", "+1", "+2", "+3", "+4")
+    notes.records[0] = tal(f"+0\x14\x14\0+1\x14{word}\x14\0", encoding="latin-1")
+    recording = read_header(write(tmp_path / "a.edf", [Signal(label=word), notes], reserved="EDF+C"), "edf", declared)
+    assert recording.channels[0].label == recording.annotations[0].text == expected
+    assert len(recording.repairs) == len(said)
+    assert all(part in repair for part, repair in zip(said, recording.repairs, strict=True))
+    assert np.array_equal(read_signals(recording, [0])[0], everything(write(tmp_path / "b.edf", [Signal()]))[1][0])
+
+
+def test_an_encoding_that_nobody_knows_is_a_fault_of_the_corpus_file(tmp_path):
+    with pytest.raises(ConfigError, match="shift_jis"):
+        read_header(write(tmp_path / "a.edf", [Signal()]), "edf", {"encoding": "klingon"})
+
+
+def test_no_repair_and_no_message_quotes_the_header(tmp_path):
+    name = "Doe Jane"
+    fields = {"num_records": "-1", "header_bytes": name, "start_date": name, "start_time": name, "duration": "1\0"}
+    bad = Signal(label=name, unit="µ" + name[:6], limits=(name, "1,5", name, "\0" + name[:7]))
+    recording = read_header(write(tmp_path / "a.edf", [bad, Signal()], **fields), "edf")
+    assert len(recording.repairs) >= 7
+    assert not [repair for repair in recording.repairs if "Doe" in repair or "Jane" in repair]
+    for duration, num_records in ((name, "5"), ("1", name)):
+        broken = write(tmp_path / "b.edf", [bad, Signal()], duration=duration, num_records=num_records)
+        broken.write_bytes(broken.read_bytes()[:700])
+        assert "Doe" not in str(refusal(broken))
+
+
+def test_records_of_no_duration_hold_annotations_and_nothing_else(tmp_path):
+    notes = stamped("+0", "+0", "+0", "+0", "+0")
+    recording = read_header(write(tmp_path / "a.edf", [Signal(), notes], reserved="EDF+C", duration="0"), "edf")
+    assert (recording.channels, recording.segments) == ((), ())
+    assert recording.repairs == ("signal 0 has no sampling rate: left out",)
+    assert refusal(write(tmp_path / "a.edf", [Signal()], duration="0")).reason == "HEADER_INVALID"
+
+
+@pytest.mark.parametrize("duration", ["-1", "nan", "inf", "1e308", "1e-99", "1e99999", "1/3", "1_0", "9999999", ""])
+def test_a_record_duration_that_is_none_is_refused(tmp_path, duration):
+    assert refusal(write(tmp_path / "a.edf", [Signal()], duration=duration)).reason == "HEADER_INVALID"
+
+
+def test_a_compressed_file_reads_like_the_plain_one(shared_data, tmp_path):
+    for name in ("sleep_edf/short_psg_SC4001_first5min.bdf", "malformed_edge_cases/edfPlusD.edf"):
+        path = tmp_path / f"{Path(name).name}.gz"
+        path.write_bytes(gzip.compress((shared_data / name).read_bytes(), 1))
+        assert sniff(path) == "edf"
+        (plain, signals), (packed, same) = everything(shared_data / name), everything(path)
+        assert replace(packed, path=plain.path) == plain
+        assert all(np.array_equal(a, b) for a, b in zip(signals, same, strict=True))
+
+
+def test_a_damaged_or_exploding_compressed_file_is_refused(tmp_path):
+    data = gzip.compress(write(tmp_path / "a.edf", [Signal()]).read_bytes())
+    for raw, reason in [
+        (data[:-20], "TRUNCATED"),
+        (data[:-8] + b"\0" * 8, "SIGNAL_INVALID"),
+        (data[:40] + bytes(30) + data[70:], "SIGNAL_INVALID"),
+    ]:
+        (tmp_path / "a.edf.gz").write_bytes(raw)
+        assert refusal(tmp_path / "a.edf.gz").reason == reason
+    with gzip.open(tmp_path / "bomb.edf.gz", "wb", compresslevel=1) as bomb:
+        bomb.write((tmp_path / "a.edf").read_bytes())
+        for _ in range(100):
+            bomb.write(bytes(1 << 20))
+    error = refusal(tmp_path / "bomb.edf.gz")
+    assert error.reason == "SIGNAL_INVALID"
+    assert "no sensor" in str(error)
