@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 
 from engine.commit import Commit, Quarantined, parquet_bytes, read_commits, sample_schema, samples_path
 from engine.config import ENGINE_VERSION, ConvertConfig
+from engine.history import keep
 from engine.plan import Unit
+from engine.quarantine import KNOWN_BAD, WaiverKey, read_waivers
 from engine.scan import load_sources
 from manifests.channels import UCS_VERSION, table_digest
 from manifests.config import code_version, digest, write_atomically
@@ -80,6 +82,7 @@ def _counts(commits: Sequence[Commit], table: pa.Table) -> dict[str, int]:
         "seconds": sum(commit.counts.seconds for commit in commits),
         "shards": sum(len(commit.shards) for commit in commits),
         "num_bytes": sum(shard.num_bytes for commit in commits for shard in commit.shards),
+        "unit_suspect": sum(sum(kinds.values()) for commit in commits for kinds in commit.unit_suspect.values()),
         **{f"dropped_{reason}": count for reason, count in sorted(dropped.items())},
     }
 
@@ -87,21 +90,32 @@ def _counts(commits: Sequence[Commit], table: pa.Table) -> dict[str, int]:
 def _corpus_entry(corpus: Corpus, commits: Sequence[Commit]) -> dict[str, Any]:
     inputs = [item for commit in commits for item in commit.inputs if item.corpus == corpus.id]
     bad = {item.recording for commit in commits for item in commit.quarantine if item.corpus == corpus.id}
+    suspect = sum((Counter(commit.unit_suspect.get(corpus.id, {})) for commit in commits), Counter[str]())
     return {
         "title": corpus.title,
         "licence": corpus.licence,
         "citation": corpus.citation,
+        "mains_hz": corpus.mains_hz,
         "digest": digest(corpus.model_dump(mode="json")),
         "recordings": len(inputs),
         "quarantined": len(bad),
         "windows": sum(item.windows for item in inputs),
         "seconds": sum(item.seconds for item in inputs if item.recording not in bad),
+        "unit_suspect": dict(sorted(suspect.items())),
     }
 
 
-def exit_code(quarantine: Sequence[Quarantined], num_recordings: int, budget: float) -> ExitCode:
-    """Exit code of a conversion; recordings that their corpus lists as known bad do not count against the budget."""
-    surprises = sum(item.reason != "KNOWN_BAD" for item in quarantine)
+def exit_code(
+    quarantine: Sequence[Quarantined], num_recordings: int, budget: float, waived: Container[WaiverKey] = ()
+) -> ExitCode:
+    """Exit code of a conversion.
+
+    Recordings that their corpus lists as known bad do not count against the budget, nor do those that the operator
+    has waived.
+    """
+    surprises = sum(
+        item.reason != KNOWN_BAD and (item.corpus, item.path, item.reason) not in waived for item in quarantine
+    )
     if surprises > budget * num_recordings:
         return ExitCode.OVER_BUDGET
     return ExitCode.WITH_QUARANTINE if quarantine else ExitCode.COMPLETE
@@ -122,7 +136,7 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
     quarantine = tuple(item for commit in commits for item in commit.quarantine)
     table = _merged(output, commits)
     counts = _counts(commits, table)
-    code = exit_code(quarantine, counts["recordings"], config.quarantine_budget)
+    code = exit_code(quarantine, counts["recordings"], config.quarantine_budget, read_waivers(output))
     if code is ExitCode.OVER_BUDGET:
         (output / SNAPSHOT_FILE).unlink(missing_ok=True)
         return ConvertResult(exit_code=code, snapshot=None, quarantine=quarantine, counts=counts)
@@ -141,6 +155,7 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
         provenance={"engine_version": ENGINE_VERSION, **code_version()},
     )
     snapshot = snapshot.model_copy(update={"digest": snapshot.content_digest()})
+    keep(output, snapshot)
     _write(output, snapshot, content)
     return ConvertResult(exit_code=code, snapshot=snapshot, quarantine=quarantine, counts=counts)
 

@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,8 +8,7 @@ from engine.commit import Quarantined, commit_path, sample_schema
 from engine.config import ConvertConfig
 from engine.finalise import ExitCode, exit_code, finalise, read_samples
 from engine.plan import read_plan
-from engine.status import status
-from manifests.errors import ConfigError, ContractError
+from manifests.errors import ContractError
 from manifests.shards import SAMPLES_FILE, SNAPSHOT_FILE, load_snapshot
 
 
@@ -78,19 +76,3 @@ def test_a_key_that_stands_twice_is_an_error(converted: ConvertConfig) -> None:
     commit.write_text(json.dumps({**data, "samples_bytes": first.stat().st_size}), encoding="utf-8")
     with pytest.raises(ContractError, match="stands twice"):
         finalise(converted, read_plan(converted.output))
-
-
-def test_status_of_a_finished_and_of_an_interrupted_conversion(converted: ConvertConfig, tmp_path: Path) -> None:
-    done = status(converted.output)
-    assert done.is_final
-    assert done.num_done == len(done.units) > 1
-    assert done.hours_done == done.hours_total == pytest.approx(0.5)
-    (row,) = done.quarantine_rows()
-    assert row["command"].startswith("kymo scan ")
-    unit = done.units[0]["unit"]
-    commit_path(converted.output, unit).unlink()
-    half = status(converted.output)
-    assert half.num_done == len(half.units) - 1
-    assert {row["unit"]: row["state"] for row in half.units}[unit] == "running"
-    with pytest.raises(ConfigError, match=r"no plan\.jsonl"):
-        status(tmp_path / "nowhere")

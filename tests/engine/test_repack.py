@@ -123,7 +123,8 @@ def test_killed_at_any_moment_the_same_call_gives_the_same_bytes(converted: Conv
         "real = r.write_durably\n"
         "def told(path, *rest):\n    print(path.name, flush=True)\n    return real(path, *rest)\n"
         "r.write_durably = told\n"
-        f"r.repack(Path({str(converted.output)!r}), Path({str(out)!r}), shard_bytes={SHARD_BYTES}, spill_bytes=600_000)\n"
+        f"source, out = Path({str(converted.output)!r}), Path({str(out)!r})\n"
+        f"r.repack(source, out, shard_bytes={SHARD_BYTES}, spill_bytes=600_000)\n"
     )
     for lines in (1, 6):
         child = subprocess.Popen(
