@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.files import companions
+from engine.recording import split_member
 from engine.storage import download, is_remote
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
@@ -54,7 +55,10 @@ def local_copy(path: Path, root: Path, corpus: Corpus, *, work: Path | None) -> 
         _copy_tables(corpus, root, folder)
         for name in companions(path, corpus.reader_of(path), corpus):
             download(name, _inside(name, root, folder))
-        yield _inside(path, root, folder), folder
+        copy = _inside(path, root, folder)
+        if not split_member(copy)[0].is_file():
+            raise RecordingError("INPUT_CHANGED", f"{path}: no longer there; convert again")
+        yield copy, folder
     except FileNotFoundError as error:
         raise RecordingError("INPUT_CHANGED", f"{path}: no longer there ({error}); convert again") from None
     except RecordingError as error:

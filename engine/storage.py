@@ -29,6 +29,8 @@ from manifests.errors import ConfigError
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 # Faults of the disk or store that is written to, not of a recording.
 OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+# A listing that s3fs remembers would hide what other nodes have written since.
+_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws (FSSPEC_S3_ANON=true: public bucket)"
 
 
@@ -57,8 +59,7 @@ def location(text: str | Path) -> Path:
         raise ConfigError(f"{text}: {protocol}:// needs a package that is not installed: {error}") from None
     except ValueError:
         raise ConfigError(f"{text}: fsspec knows no {protocol}://; use a path, s3://bucket/folder or gs://…") from None
-    # A listing that s3fs remembers would hide what other nodes have written since.
-    return cast("Path", UPath(text, use_listings_cache=False))
+    return cast("Path", UPath(text, **_OPTIONS))
 
 
 def _validated(value: Any) -> Path:
