@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.readers import arrays, edf, epochs_mat, physionet, text
+from engine.readers import arrays, dicom, edf, epochs_mat, physionet, text, xdf
 from engine.readers.edf_header import is_edf
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
@@ -38,6 +38,8 @@ READERS: dict[str, Reader] = {
     ),
     "text": Reader(read_header=text.read_header, read_signals=text.read_signals),
     "arrays": Reader(read_header=arrays.read_header, read_signals=arrays.read_signals, members=arrays.members),
+    "xdf": Reader(read_header=xdf.read_header, read_signals=xdf.read_signals),
+    "dicom": Reader(read_header=dicom.read_header, read_signals=dicom.read_signals),
     "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }
 
@@ -56,6 +58,10 @@ def sniff(path: Path) -> str | None:
         start = stream.read(_MAGIC_BYTES)
     if is_edf(start) or path.suffix.lower() in _EDF_SUFFIXES:
         return "edf"
+    if start.startswith(b"XDF:"):
+        return "xdf"
+    if start[128:132] == b"DICM":
+        return "dicom"
     return "wfdb" if path.suffix == ".hea" and _WFDB_RECORD_LINE.match(start) else None
 
 
