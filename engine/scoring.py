@@ -49,19 +49,24 @@ class Scoring:
     contradicted_s: Fraction = Fraction(0)
     outside_s: Fraction = Fraction(0)
 
+    def record(self) -> dict[str, float]:
+        """Seconds by name, for a table or JSON."""
+        return {
+            "scored_s": float(self.scored_s),
+            "unscored_s": float(self.unscored_s),
+            "remainder_s": float(self.remainder_s),
+            "contradicted_s": float(self.contradicted_s),
+            "outside_s": float(self.outside_s),
+        }
+
     def summary(self) -> str:
         """What is scored and what is not, in one line."""
         parts = [
-            f"{name} {float(seconds):,.0f} s"
-            for name, seconds in (
-                ("unscored", self.unscored_s),
-                ("rest of an epoch", self.remainder_s),
-                ("contradicted", self.contradicted_s),
-                ("outside the signal", self.outside_s),
-            )
-            if seconds
+            f"{name.removesuffix('_s')} {seconds:,.0f} s"
+            for name, seconds in self.record().items()
+            if seconds or name == "scored_s"
         ]
-        return ", ".join([f"scored {float(self.scored_s):,.0f} s", *parts])
+        return ", ".join(parts)
 
 
 def score(intervals: Sequence[Annotation], segments: Sequence[Segment], epoch_s: int, *, path: Path) -> Scoring:
