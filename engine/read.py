@@ -1,14 +1,13 @@
 """Readers by the name that a corpus file gives; each decides by a file's content, never by its suffix."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from engine.readers import arrays, dicom, edf, epochs_mat, physionet, text, xdf
-from engine.readers.edf_header import is_edf
+from engine.readers import arrays, brainvision, dicom, edf, epochs_mat, fif, physionet, text, xdf
+from engine.readers.magic import MAGIC_BYTES, SIGNATURES
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
@@ -40,29 +39,19 @@ READERS: dict[str, Reader] = {
     "arrays": Reader(read_header=arrays.read_header, read_signals=arrays.read_signals, members=arrays.members),
     "xdf": Reader(read_header=xdf.read_header, read_signals=xdf.read_signals),
     "dicom": Reader(read_header=dicom.read_header, read_signals=dicom.read_signals),
+    "brainvision": Reader(
+        read_header=brainvision.read_header, read_signals=brainvision.read_signals, companions=brainvision.companions
+    ),
+    "fif": Reader(read_header=fif.read_header, read_signals=fif.read_signals, companions=fif.companions),
     "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }
 
 
-_MAGIC_BYTES = 512
-_EDF_SUFFIXES = frozenset({".edf", ".bdf"})
-_WFDB_RECORD_LINE = re.compile(rb"\s*(?:#[^\n]*\n\s*)*[-\w./]+[ \t]+\d+(?:[ \t]+[\d.][^\n]*)?\r?\n")
-
-
 def sniff(path: Path) -> str | None:
-    """Reader for a file by its content, None where none knows it; declared layouts are never guessed.
-
-    A file that only calls itself EDF goes to that reader too, so that it is reported and not passed over.
-    """
+    """Reader for a file by its content, None where none knows it; declared layouts are never guessed."""
     with path.open("rb") as stream:
-        start = stream.read(_MAGIC_BYTES)
-    if is_edf(start) or path.suffix.lower() in _EDF_SUFFIXES:
-        return "edf"
-    if start.startswith(b"XDF:"):
-        return "xdf"
-    if start[128:132] == b"DICM":
-        return "dicom"
-    return "wfdb" if path.suffix == ".hea" and _WFDB_RECORD_LINE.match(start) else None
+        start = stream.read(MAGIC_BYTES)
+    return next((name for name, is_its in SIGNATURES if is_its(path, start)), None)
 
 
 def read_header(path: Path, reader: str, layout: Mapping[str, object] | None = None) -> Recording:
