@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from jobs import adapter_verbs, data_verbs, machine_verbs, trainer_verbs
+from jobs import adapter_verbs, data_verbs, machine_verbs, snapshot_verbs, trainer_verbs
 from jobs.console import console, set_up_logging
 from manifests.errors import ConfigError, ContractError, RecordingError
 
@@ -39,6 +39,8 @@ for panel, verb in (
     (DATA, data_verbs.verify),
     (DATA, data_verbs.report),
     (DATA, data_verbs.preview),
+    (DATA, snapshot_verbs.diff),
+    (DATA, snapshot_verbs.repack),
     (TRAINING, trainer_verbs.pretrain),
     (TRAINING, trainer_verbs.evaluate),
     (ADAPTERS, adapter_verbs.adapt),
@@ -49,6 +51,7 @@ for panel, verb in (
     (MACHINE, machine_verbs.submit),
 ):
     app.command(rich_help_panel=panel)(verb)
+app.add_typer(snapshot_verbs.quarantine, name="quarantine", rich_help_panel=DATA)
 
 
 def main() -> None:

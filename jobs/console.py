@@ -3,12 +3,23 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,12 +39,17 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     if not rows:
         return
     console.print(f"[bold]{escape(title)}[/]")
+    console.print(table_of(columns, rows))
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Table of plain rows; numbers stand right, floats have two digits."""
     table = Table(header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else _cell(value) for value in row))
-    console.print(table)
+    return table
 
 
 def _cell(value: object) -> str | Text:
@@ -52,6 +68,26 @@ def hours_progress() -> Progress:
         TextColumn("{task.fields[eta]}"),
         console=console,
     )
+
+
+@contextmanager
+def bytes_progress(
+    text: str, total: int | None, *, unit: Literal["bytes", "samples"] = "bytes"
+) -> Iterator[Callable[[int], None]]:
+    """Function that adds a number of bytes or samples to a progress bar; not drawn where no one looks on."""
+    amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(text, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
 def set_up_logging(*, verbose: bool) -> None:

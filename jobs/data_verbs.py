@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 
-from jobs.console import console, hours_progress, show_table
+from jobs import status_screen
+from jobs.console import bytes_progress, console, hours_progress, show_table
 from manifests.config import load_config
 from manifests.errors import ConfigError
 
@@ -148,36 +150,46 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
     return result
 
 
-def status(folder: Path = SnapshotDir) -> None:
-    """Show how far a conversion is: units, hours, quarantine.
+def status(
+    folder: str = SnapshotDir,
+    watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until the conversion ends; Ctrl-C leaves it be."),
+    limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
+) -> None:
+    """Show how far a conversion is: units done, running, stalled, failed or pending, hours per second, ETA.
 
-    Example: kymo status demo/shards/psg
+    Example: kymo status demo/shards/psg --watch
     """
-    from engine.status import status as read_status
+    from engine import status as engine_status
+    from engine.storage import location
 
-    state = read_status(folder)
-    columns = ("unit", "state", "done", "recordings", "hours", "windows", "quarantined", "seconds")
-    show_table("units", columns, [tuple(row[name] for name in columns) for row in state.units])
-    rows = [(row["path"], row["reason"], row["message"], row["command"]) for row in state.quarantine_rows()]
-    show_table(f"quarantine ({len(rows)})", ("path", "reason", "message", "to see it again"), rows)
-    for error in state.errors:
-        console.print(f"[red]{error}[/]", soft_wrap=True)
-    final = "snapshot written" if state.is_final else "no snapshot yet; run kymo convert again to go on"
-    console.print(f"{state.num_done} of {len(state.units)} units, ", end="")
-    console.print(f"{state.hours_done:.2f} of {state.hours_total:.2f} h; {final}")
+    if watch:
+        status_screen.watch(engine_status.watch(location(folder)))
+    else:
+        status_screen.show(engine_status.status(location(folder)), limit=limit)
 
 
-def verify(folder: Path = SnapshotDir, deep: bool = typer.Option(False, help="Decode every sample as well.")) -> None:
+def verify(
+    folder: str = SnapshotDir,
+    deep: bool = typer.Option(False, "--deep", help="Decode every sample as well."),
+    source: bool = typer.Option(False, "--source", help="Hash the recordings that it was made from as well."),
+) -> None:
     """Hash every shard again and hold index and tables against each other. Exit code 5 when anything is wrong.
 
     Example: kymo verify demo/shards/psg --deep
     """
+    from engine.storage import location
     from engine.verify import verify as verify_snapshot
+    from manifests.shards import load_snapshot
 
-    found = verify_snapshot(folder, deep=deep)
+    total = load_snapshot(location(folder)).counts["num_bytes"]
+    with bytes_progress("verifying", None if source else total) as tick:
+        found = verify_snapshot(location(folder), deep=deep, source=source, tick=tick)
     for problem in found.problems:
-        console.print(f"[red]{problem}[/]", soft_wrap=True)
-    console.print(f"{found.shards} shards, {found.samples:,} samples: ", end="")
+        console.print(f"[red]{escape(problem)}[/]", soft_wrap=True)
+    for advice in found.advice:
+        console.print(f"→ {escape(advice)}", soft_wrap=True)
+    recordings = f", {found.recordings:,} recordings" if source else ""
+    console.print(f"{found.shards} shards, {found.samples:,} samples{recordings}: ", end="")
     console.print("all as committed" if found.is_sound else f"[red]{len(found.problems)} problems[/]")
     if not found.is_sound:
         raise typer.Exit(5)

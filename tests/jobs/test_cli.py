@@ -16,6 +16,7 @@ from manifests.config import dump_yaml
 
 VERBS = [
     *("scan", "plan", "convert", "status", "verify", "report", "preview"),
+    *("diff", "repack", "quarantine"),
     *("pretrain", "evaluate", "adapt", "predict", "publish", "submit", "doctor", "demo"),
 ]
 
