@@ -1,6 +1,7 @@
 """What a corpus is: files, subjects, channels, units, annotations, splits. One YAML each in `corpora/`."""
 
 import hashlib
+import hmac
 import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -98,6 +99,7 @@ class Corpus(_Strict):
         published: Splits of the literature by name, the official one first. They may leak; the file says where.
         known_bad: Path, or its end with `*` for any text, and why the recording is left out.
         max_unresolved: Share of channels with unknown labels above which a recording is refused.
+        salt: Secret of the lab, set from a conversion's `salt_file` and never in a corpus file; no dump shows it.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{1,31}$")]
@@ -127,6 +129,7 @@ class Corpus(_Strict):
     known_bad: dict[str, str] = {}
     expected: Expected = Expected()
     max_unresolved: Annotated[float, Field(ge=0, le=1)] = 1.0
+    salt: Annotated[bytes, Field(exclude=True, repr=False)] = b""
 
     @field_validator("channels")
     @classmethod
@@ -203,6 +206,8 @@ def load_corpus(name_or_path: str | Path) -> Corpus:
         ConfigError: No such corpus, or a file that breaks the schema.
     """
     corpus = load_shipped(Corpus, CORPORA_DIR, name_or_path, noun="corpus")
+    if corpus.salt:
+        raise ConfigError(f"{corpus.id}.yaml: salt: a secret does not belong into a corpus file; use salt_file")
     inherited: dict[str, Any] = {}
     for key, name in corpus.inherit.items():
         theirs, ours = getattr(load_corpus(name), key), getattr(corpus, key)
@@ -212,8 +217,17 @@ def load_corpus(name_or_path: str | Path) -> Corpus:
 
 def subject_hash(corpus: Corpus, subject: str) -> str:
     """12 hex digits that stand for a subject wherever kymo writes; equal for corpora that share subjects."""
-    group = corpus.subject_group or corpus.id
-    return hashlib.sha256(f"kymo/1/{group}/{subject}".encode()).hexdigest()[:12]
+    return pseudonym(corpus, f"{corpus.subject_group or corpus.id}/{subject}")
+
+
+def pseudonym(corpus: Corpus, text: str) -> str:
+    """12 hex digits that stand for a text: a hash that all the world can compute, or with `salt` an HMAC-SHA256.
+
+    The public hash hides a name from reading and not from guessing: whoever knows the names can try them all.
+    """
+    content = f"kymo/1/{text}".encode()
+    whole = hmac.digest(corpus.salt, content, "sha256") if corpus.salt else hashlib.sha256(content).digest()
+    return whole.hex()[:12]
 
 
 def who_of(corpus: Corpus, path: str, root: Path | None = None) -> Who:
