@@ -248,8 +248,12 @@ def test_bids_events_are_found_by_the_entities_of_the_name(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(BIDS.replace("0.5", "n/a"), "line 2: onset is no number"), ("duration\tvalue\n1\t2\n", "columns onset"), ("", "columns onset")],
-)  # fmt: skip
+    [
+        (BIDS.replace("0.5", "n/a"), "line 2: onset is no number"),
+        ("duration\tvalue\n1\t2\n", "columns onset"),
+        ("", "columns onset"),
+    ],
+)
 def test_broken_bids_events_are_refused(tmp_path: Path, text: str, message: str) -> None:
     rule = corpus(None, "bids_events", target="events", pattern="{stem}.tsv", map={})
     with pytest.raises(RecordingError, match=message):

@@ -74,7 +74,7 @@ def test_only_the_recordings_own_row_enters_its_identity(tmp_path: Path) -> None
     assert identity_of(path, "edf", ptb_xl()) != before
     table.unlink()
     assert identity_of(path, "edf", ptb_xl()) != before
-    with pytest.raises(RecordingError, match="no ptbxl_database.csv"):
+    with pytest.raises(RecordingError, match="no ptbxl_database"):
         read_labels(recording(path), ptb_xl())
 
 
