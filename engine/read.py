@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.readers import arrays, brainvision, dicom, edf, epochs_mat, fif, physionet, text, xdf
+from engine.readers import arrays, brainvision, dicom, edf, fif, physionet, text, xdf
 from engine.readers.magic import MAGIC_BYTES, SIGNATURES
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
@@ -43,7 +43,6 @@ READERS: dict[str, Reader] = {
         read_header=brainvision.read_header, read_signals=brainvision.read_signals, companions=brainvision.companions
     ),
     "fif": Reader(read_header=fif.read_header, read_signals=fif.read_signals, companions=fif.companions),
-    "epochs_mat": Reader(read_header=epochs_mat.read_header, read_signals=epochs_mat.read_signals),
 }
 
 
@@ -60,7 +59,7 @@ def read_header(path: Path, reader: str, layout: Mapping[str, object] | None = N
     Args:
         path: The recording, for WFDB its `.hea`.
         reader: A key of `READERS`.
-        layout: Options of a reader for files that do not describe themselves (`text`, `epochs_mat`).
+        layout: Options of a reader for files that do not describe themselves (`text`, `arrays`).
 
     Raises:
         ConfigError: No such reader, or a layout that breaks its schema.

@@ -20,7 +20,6 @@ ReaderName = Literal[
     "edf",
     "wfdb",
     "text",
-    "epochs_mat",
     "brainvision",
     "eeglab",
     "fif",
