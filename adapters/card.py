@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from adapters.config import Card
 from adapters.layout import TaskRecord
-from manifests.recipes import KindRule
+from manifests.recipes import NATIVE, KindRule
 
 FEW_SUBJECTS = 10
 METRICS = {
@@ -90,6 +90,8 @@ def _task_section(name: str, record: TaskRecord) -> list[str]:
 
 
 def _band(kind: str, rule: KindRule) -> str:
+    if rule.rate_hz == NATIVE:
+        return f"{kind} from {rule.low_hz or 0:g} Hz at the recorded rate"
     return f"{kind} {rule.low_hz or 0:g}-{rule.high_hz or rule.rate_hz / 2:g} Hz at {rule.rate_hz} Hz"
 
 

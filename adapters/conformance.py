@@ -1,6 +1,7 @@
 """Fixed input with the logits it must give: tells a reader that views, encoder and adapter still mean the same."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.read import Window
 
 NUM_WINDOWS = 2
 CHANNELS_PER_KIND = 2
+NOISE_RATE_HZ = 128  # where a recipe keeps the recorded rate
 SCALE = 0.1  # physical units per bit of the input
 TOLERANCE = 1e-4  # of logits: another processor's order of summation, and no more
 
@@ -84,7 +86,7 @@ def _noise_window(task: Task, recipe: Recipe, symbols: list[str], index: int) ->
         chosen = [symbol for symbol in symbols if symbol.startswith(f"{kind}:")][:CHANNELS_PER_KIND]
         if not chosen:
             continue
-        rate_hz = recipe.kinds[kind].rate_hz
+        rate_hz = int(recipe.kinds[kind].stored_rate(Fraction(NOISE_RATE_HZ)))
         noise_CT = 50 * generator.standard_normal((len(chosen), rate_hz * recipe.window_s))
         arrays[kind] = np.round(noise_CT / SCALE).astype(np.int16)
         ucs[kind] = [_noise_tag(symbol, rate_hz) for symbol in chosen]

@@ -92,7 +92,13 @@ def load_task_data(task: Task, run: TaskRun) -> TaskData:
 
 
 def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
-    kinds = Recipe.model_validate(recipe).kinds
+    loaded = Recipe.model_validate(recipe)
+    if loaded.is_native:
+        raise ConfigError(
+            f"task {task.id}: recipe {loaded.id} keeps recorded rates, a task's model reads one; "
+            "convert with a recipe that sets the rate"
+        )
+    kinds = loaded.kinds
     if absent := [kind for kind in task.min_channels if kind not in kinds]:
         raise ConfigError(
             f"task {task.id}: needs {', '.join(absent)}, recipe {recipe['id']} has {', '.join(kinds)}; "

@@ -18,7 +18,6 @@ from adapters.tasks import chosen_symbols, lacking
 from manifests.annotations import STAGES
 from manifests.config import write_atomically
 from manifests.errors import ContractError, RecordingError
-from manifests.recipes import KindRule
 from trainer.read import Window
 
 BATCH = 32
@@ -58,11 +57,11 @@ def check_channels(record: TaskRecord, available: Mapping[str, Fraction | float]
     task, recipe = record.task, record.recipe
     chosen = chosen_symbols(task, list(available))
     slow = {
-        symbol: f"{symbol} ({float(available[symbol]):g} Hz, {least_rate_hz(recipe.kinds[kind]):g} needed)"
+        symbol: f"{symbol} ({float(available[symbol]):g} Hz, {recipe.kinds[kind].least_recorded_hz:g} needed)"
         for kind, symbols in chosen.items()
         if kind in recipe.kinds
         for symbol in symbols
-        if available[symbol] < least_rate_hz(recipe.kinds[kind])
+        if available[symbol] < recipe.kinds[kind].least_recorded_hz
     }
     fast_enough = {kind: [symbol for symbol in symbols if symbol not in slow] for kind, symbols in chosen.items()}
     if not (missing := lacking(task, fast_enough)):
@@ -75,11 +74,6 @@ def check_channels(record: TaskRecord, available: Mapping[str, Fraction | float]
         f"{', '.join(available) or 'no channel that is known'}{rated}. Give a recording with such channels, name "
         "them in a corpus file if their labels are not known, or choose another task of the bundle"
     )
-
-
-def least_rate_hz(rule: KindRule) -> float:
-    """Least native rate in Hz that holds the band a recipe promises the model."""
-    return 2 * rule.high_hz if rule.high_hz is not None else rule.rate_hz
 
 
 def predict(
@@ -146,7 +140,7 @@ def _check_window(record: TaskRecord, window: Window) -> None:
         for tag in window.meta["ucs"].get(kind, ()):
             if tag["role"] == "signal":
                 rates[tag["symbol"]] = Fraction(*tag["native_rate"])
-            expected = record.recipe.kinds[kind].rate_hz
+            expected = record.recipe.kinds[kind].stored_rate(Fraction(*tag["native_rate"]))
             if Fraction(*tag["rate"]) != expected:
                 raise ContractError(
                     f"window {window.key}: {tag['symbol']} at {Fraction(*tag['rate'])} Hz, recipe "

@@ -86,7 +86,7 @@ class Commit(_Strict):
     """`commits/commit-UNIT.json`. `seconds` is the time that the conversion took and the only varying field.
 
     `unmapped` counts by corpus the annotations whose text its file does not list. The texts stay out: a technician's
-    note may name a person.
+    note may name a person. `unit_suspect` counts channels by corpus and kind, see `manifests.plausible`.
     """
 
     unit: str
@@ -97,6 +97,7 @@ class Commit(_Strict):
     quarantine: list[Quarantined]
     unresolved: list[UnresolvedLabel]
     unmapped: dict[str, int] = {}
+    unit_suspect: dict[str, dict[str, int]] = {}
     limits: Limits
     seconds: float
 

@@ -1,14 +1,18 @@
 """What one conversion needs to know: sources, recipe, output, sizes, limits."""
 
+import hmac
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engine.storage import Location
+from manifests.errors import ConfigError
+
+_MIN_SALT_BYTES = 16
 
 # Part of every unit's id: raise it when the same input would give other bytes.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 
 class _Strict(BaseModel):
@@ -37,6 +41,11 @@ class ConvertConfig(_Strict):
         quarantine_budget: Share of quarantined recordings above which the result is refused; recordings that
             a corpus lists as known bad do not count.
         seed: Order in which recordings are dealt to units.
+        salt_file: File with a secret of the lab, at least 16 bytes (`openssl rand -hex 32`), readable on every node.
+            With it persons, sessions, recordings and hashed splits become HMAC-SHA256, which nobody can guess
+            without the secret; without it they are hashes that hide names from reading only, and that agree
+            between labs: corpora that share persons then keep each person in one split. It stands in no output;
+            another secret converts everything again.
         scratch: Folder on a local disk for spool files and copies of inputs from a store; null = `work` in a local
             output, the system's temporary folder for an output on a store. Each actor needs room for the output of
             one unit, one shard and the largest recording.
@@ -52,6 +61,7 @@ class ConvertConfig(_Strict):
     memory_limit_gb: Annotated[float, Field(gt=0)] = 4.0
     quarantine_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     seed: int = 0
+    salt_file: Path | None = None
     scratch: Path | None = None
 
     @field_validator("sources")
@@ -62,3 +72,27 @@ class ConvertConfig(_Strict):
         if twice:
             raise ValueError(f"corpus {', '.join(twice)} stands twice; give each corpus one root")
         return value
+
+    def salt(self) -> bytes:
+        """Secret of `salt_file`; empty where none is given.
+
+        Raises:
+            ConfigError: The file cannot be read, or is too short to be a secret.
+        """
+        if self.salt_file is None:
+            return b""
+        try:
+            salt = self.salt_file.read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"salt_file {self.salt_file}: {error.strerror}; make it: openssl rand -hex 32") from None
+        if len(salt) < _MIN_SALT_BYTES:
+            raise ConfigError(
+                f"salt_file {self.salt_file}: {len(salt)} bytes, a secret has at least {_MIN_SALT_BYTES}; "
+                "make it: openssl rand -hex 32"
+            )
+        return salt
+
+    def salt_fingerprint(self) -> str:
+        """8 hex digits that tell one secret from another; empty for the public hash."""
+        salt = self.salt()
+        return hmac.digest(salt, b"kymo/fingerprint", "sha256").hex()[:8] if salt else ""

@@ -70,7 +70,7 @@ class Context:
     @classmethod
     def of(cls, config: ConvertConfig) -> "Context":
         """Context of a configuration, the corpus and recipe files read."""
-        loaded = load_sources(config.sources)
+        loaded = load_sources(config.sources, salt=config.salt())
         return cls(
             config=config,
             recipe=load_recipe(config.recipe),
@@ -94,6 +94,7 @@ class _Tally:
     dropped: Counter[str]
     unresolved: Counter[tuple[str, str, str]]
     unmapped: Counter[str]
+    unit_suspect: Counter[tuple[str, str]]
 
 
 def _take(tally: _Tally, item: PlanItem, answer: dict[str, Any], spool: Path) -> None:
@@ -104,6 +105,7 @@ def _take(tally: _Tally, item: PlanItem, answer: dict[str, Any], spool: Path) ->
         tally.rows[row["key"]] = row
     tally.dropped.update(answer["dropped"])
     tally.unmapped[f"(any text that {item.corpus}.yaml does not list)"] += answer["unmapped"]
+    tally.unit_suspect.update({(item.corpus, kind): count for kind, count in answer["unit_suspect"].items()})
     for label, reason, count in answer["unresolved"]:
         tally.unresolved[item.corpus, label, reason] += count
 
@@ -172,9 +174,18 @@ def _commit_of(unit: Unit, tally: _Tally, shards: list[ShardEntry], limits: Limi
             for (corpus, label, why), count in sorted(tally.unresolved.items())
         ],
         unmapped={name: count for name, count in sorted(tally.unmapped.items()) if count},
+        unit_suspect=_nested(tally.unit_suspect),
         limits=limits,
         seconds=round(seconds, 3),
     )
+
+
+def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Counts of (corpus, kind) as a sorted table by corpus."""
+    table: dict[str, dict[str, int]] = {}
+    for (corpus, kind), count in sorted(counts.items()):
+        table.setdefault(corpus, {})[kind] = count
+    return table
 
 
 def convert_unit(
@@ -184,7 +195,7 @@ def convert_unit(
     began = time.monotonic()
     output = context.config.output
     work = work_folder(output, context.config.scratch) / f"{unit.id}-{os.getpid()}"
-    tally = _Tally([], [], [], {}, Counter(), Counter(), Counter())
+    tally = _Tally([], [], [], {}, Counter(), Counter(), Counter(), Counter())
     try:
         work.mkdir(parents=True, exist_ok=True)
         with writable(output), Pulse(output, unit.id, len(unit.recordings)) as pulse:
@@ -213,7 +224,7 @@ def convert_unit(
 def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
     """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
     start_run(config.output, config)
-    result = scan(config.sources, work=work_folder(config.output, config.scratch))
+    result = scan(config.sources, work=work_folder(config.output, config.scratch), salt=config.salt())
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
         patterns = ", ".join(result.corpora[name].files)
         raise ConfigError(f"{name}: no file matches {patterns} under its root; check sources.root")

@@ -68,7 +68,7 @@ def to_unit(signal: np.ndarray, raw_unit: str, canonical_unit: str) -> np.ndarra
     return signal if factor == 1.0 else signal * np.float32(factor)
 
 
-def output_length(num_samples: int, rate: Fraction, target_hz: int) -> int:
+def output_length(num_samples: int, rate: Fraction, target_hz: Fraction | int) -> int:
     """Samples of a stretch at the target rate: sample k lies at k / target_hz, inside the stretch."""
     return math.ceil(num_samples * target_hz / rate)
 
@@ -79,7 +79,9 @@ def nan_runs(signal: np.ndarray) -> np.ndarray:
     return np.flatnonzero(missing[1:] != missing[:-1]).reshape(-1, 2)
 
 
-def nan_mask(signal: np.ndarray, *, rate: Fraction, target_hz: int, segments_samples: Sequence[int]) -> np.ndarray:
+def nan_mask(
+    signal: np.ndarray, *, rate: Fraction, target_hz: Fraction | int, segments_samples: Sequence[int]
+) -> np.ndarray:
     """Where the output of `harmonise` was interpolated: bool, one per output sample.
 
     Args:
@@ -114,7 +116,7 @@ def harmonise(
     signal: np.ndarray,
     *,
     rate: Fraction,
-    target_hz: int,
+    target_hz: Fraction | int,
     low_hz: float | None,
     high_hz: float | None,
     notch_hz: float | None,
@@ -144,6 +146,9 @@ def harmonise(
         if not len(piece):
             continue
         plan = _plan(rate, target_hz, (low_hz, high_hz, notch_hz), len(piece))
+        if plan.is_identity:
+            parts.append(fill_nan(piece).astype(np.float32))
+            continue
         parts.append(_apply(plan, fill_nan(piece), output_length(len(piece), rate, target_hz)))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
@@ -164,11 +169,12 @@ class _Plan:
     pad_out: int
     response: np.ndarray  # float32 (bins,), zero-phase, scaled by length_out / length_in
     dc_gain: float
+    is_identity: bool
 
 
 @lru_cache(maxsize=128)
 def _plan(
-    rate: Fraction, target_hz: int, band: tuple[float | None, float | None, float | None], num_samples: int
+    rate: Fraction, target_hz: Fraction | int, band: tuple[float | None, float | None, float | None], num_samples: int
 ) -> _Plan:
     low_hz, high_hz, notch_hz = band
     ratio = target_hz / rate
@@ -199,6 +205,7 @@ def _plan(
         pad_out=pad // down * up,
         response=(response[:bins] * (length_out / length)).astype(np.float32),
         dc_gain=0.0 if low_hz else 1.0,
+        is_identity=not kernels,
     )
 
 
@@ -261,7 +268,12 @@ def _reflect(signal: np.ndarray, left: int, right: int) -> np.ndarray:
 
 
 def design(
-    rate: Fraction, target_hz: int, *, low_hz: float | None, high_hz: float | None, notch_hz: float | None
+    rate: Fraction,
+    target_hz: Fraction | int,
+    *,
+    low_hz: float | None,
+    high_hz: float | None,
+    notch_hz: float | None,
 ) -> list[np.ndarray]:
     """Zero-phase kernels at the source rate, float64, odd lengths: high-pass, notch, low-pass, as far as needed.
 

@@ -152,7 +152,11 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
         ucs_digest=table_digest(),
         samples_sha256=hashlib.sha256(content).hexdigest(),
         counts=counts,
-        provenance={"engine_version": ENGINE_VERSION, **code_version()},
+        provenance={
+            "engine_version": ENGINE_VERSION,
+            "salt": config.salt_fingerprint() or "public",
+            **code_version(),
+        },
     )
     snapshot = snapshot.model_copy(update={"digest": snapshot.content_digest()})
     keep(output, snapshot)

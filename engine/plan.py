@@ -68,11 +68,14 @@ class Unit:
 
 def estimate_bytes(row: ScanRow, recipe: Recipe) -> int:
     """Output bytes of a recording: int16 samples at the recipe's rates, tags and tar headers."""
-    counts = [(recipe.kinds[channel.kind].rate_hz) for channel in row.channels if channel.kind in recipe.kinds]
-    if not counts or row.duration < recipe.window_s:
+    rates = [
+        recipe.kinds[channel.kind].stored_rate(channel.rate) for channel in row.channels if channel.kind in recipe.kinds
+    ]
+    if not rates or row.duration < recipe.window_s:
         return 0
     windows = int((row.duration - recipe.window_s) / recipe.hop_s) + 1
-    window = sum(2 * rate * recipe.window_s + TAG_BYTES for rate in counts) + WINDOW_BYTES
+    samples = len(set(rates)) if recipe.is_native else 1
+    window = sum(2 * recipe.window_samples(rate) + TAG_BYTES for rate in rates) + samples * WINDOW_BYTES
     return windows * window
 
 
@@ -90,8 +93,10 @@ def unit_id(items: Sequence[PlanItem], *, common: str, corpora: Mapping[str, Cor
 
 def common_digest(recipe: Recipe, config: ConvertConfig) -> str:
     """Digest of what decides the bytes of every unit: recipe, channel table, code and format version, sizes."""
+    fingerprint = config.salt_fingerprint()
     return digest(
         {
+            **({"salt": fingerprint} if fingerprint else {}),
             "engine": ENGINE_VERSION,
             "format": FORMAT_VERSION,
             "recipe": recipe.model_dump(mode="json"),

@@ -31,6 +31,11 @@ class Faults:
         """No faulty sample at all, as most channels of most recordings."""
         return self.flat is None and self.clipped is None and self.nan is None and self.saturated is None
 
+    @property
+    def is_mostly_flat(self) -> bool:
+        """Whether more than half of the channel is constant, so that its amplitude says nothing about its unit."""
+        return self.flat is not None and 2 * int(self.flat[-1]) > self.flat.size - 1
+
     def shares(self, native: tuple[int, int], output: tuple[int, int]) -> tuple[float, float, float]:
         """Flat, clipped and missing share of a stretch, given as first and last sample at either rate."""
         flat, clipped, nan = (_share(sums, *native) for sums in (self.flat, self.clipped, self.nan))

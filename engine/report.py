@@ -19,7 +19,9 @@ from engine.report_data import (
     label_counts,
     losses,
     metrics_rows,
+    num_windows,
     read_report_data,
+    suspect_units,
     unmapped_texts,
     unresolved_labels,
 )
@@ -74,7 +76,7 @@ def _add_html(report: mne.Report, html: str, title: str, *, section: str) -> Non
 def _overview(data: ReportData) -> str:
     counts, snapshot = data.snapshot.counts, data.snapshot
     recipe, made = snapshot.recipe, snapshot.provenance
-    hours = len(data.samples) * data.hours_per_window
+    hours = (num_windows(data.samples) if data.is_native else len(data.samples)) * data.hours_per_window
     lines = {
         "recordings": f"{counts['recordings']:,}, {counts['quarantined']:,} of them quarantined",
         "subjects": f"{counts['subjects']:,}",
@@ -128,6 +130,10 @@ def _add_losses(report: mne.Report, data: ReportData) -> None:
     labels = unresolved_labels(data)
     html = html_table(labels, code=("label",)) if labels else _note("Every channel label was resolved.")
     _add_html(report, html, f"Channels left out ({len(labels):,} labels)", section="Losses")
+    suspects = suspect_units(data)
+    html = html_table(suspects) if suspects else _note("Every channel's amplitude is plausible for its kind and unit.")
+    num_suspects = sum(row["channels"] for row in suspects)
+    _add_html(report, html, f"Units in doubt ({num_suspects:,} channels)", section="Losses")
     texts = unmapped_texts(data)
     if texts:
         title = f"Annotation texts without a label ({len(texts):,})"

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from engine.commit import COMMITS_DIR
-from manifests.channels import KINDS, sites
+from manifests.channels import KINDS, UNITS, sites
 from manifests.errors import ConfigError
+from manifests.plausible import plausible
+from manifests.recipes import NATIVE
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
 
 
@@ -60,6 +62,7 @@ class UnitReport(_Lenient):
     quarantine: list[Rejected] = []
     unresolved: list[LeftOut] = []
     unmapped: dict[str, int] = {}
+    unit_suspect: dict[str, dict[str, int]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,11 @@ class ReportData:
         """Recorded hours that one window stands for; overlapping windows count their hop."""
         recipe = self.snapshot.recipe
         return min(recipe["window_s"], recipe["hop_s"]) / 3600
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the recorded rates were kept, so that a window may be several samples."""
+        return any(rule["rate_hz"] == NATIVE for rule in self.snapshot.recipe["kinds"].values())
 
     @property
     def corpora(self) -> list[str]:
@@ -102,12 +110,32 @@ def read_report_data(snapshot_dir: Path | str) -> ReportData:
     return ReportData(folder=folder, snapshot=snapshot, samples=samples, commits=tuple(commits))
 
 
+def num_windows(samples: pa.Table) -> int:
+    """Windows that the samples stand for: where recorded rates are kept, several samples share one window."""
+    columns = {name: samples.column(name).to_numpy() for name in ("start", "rate_num", "rate_den")}
+    # A window at a rate of no whole sample begins up to one sample before its grid point.
+    seconds = np.rint(columns["start"] * columns["rate_den"] / columns["rate_num"])
+    table = pa.table({"recording": samples.column("recording"), "start": seconds})
+    return len(table.group_by(["recording", "start"]).aggregate([]))
+
+
 def hours_by_kind(data: ReportData) -> tuple[list[str], np.ndarray]:
     """Kinds present, and hours of windows with each, shape (corpora, kinds)."""
     counts = _counts(_one_row_each(data.samples, "corpus", "kinds"), ("corpus", "kinds"))
     kinds = [kind for kind in KINDS if any(kind == found for _, found in counts)]
+    if data.is_native:
+        counts = {
+            (corpus, kind): num_windows(_samples_with(data.samples, corpus, kind))
+            for corpus in data.corpora
+            for kind in kinds
+        }
     hours = [[counts[corpus, kind] * data.hours_per_window for kind in kinds] for corpus in data.corpora]
     return kinds, np.array(hours).reshape(len(data.corpora), len(kinds))
+
+
+def _samples_with(samples: pa.Table, corpus: str, kind: str) -> pa.Table:
+    rows = zip(samples.column("corpus").to_pylist(), samples.column("kinds").to_pylist(), strict=True)
+    return samples.filter(pa.array([name == corpus and kind in kinds for name, kinds in rows]))
 
 
 def _one_row_each(table: pa.Table, name: str, list_name: str) -> pa.Table:
@@ -124,11 +152,16 @@ def _counts(table: pa.Table, columns: Sequence[str]) -> Counter[tuple[Any, ...]]
 
 
 def channels_by_recording(data: ReportData) -> dict[tuple[str, str], frozenset[str]]:
-    """(corpus, recording) to the symbols of its windows; all windows of a recording have the same channels."""
-    recordings = data.samples.column("recording").combine_chunks().dictionary_encode()
-    _, first = np.unique(recordings.indices.to_numpy(), return_index=True)
+    """(corpus, recording) to the symbols of its windows; all its windows at one rate have the same channels."""
+    names = ["recording", "rate_num", "rate_den"]
+    table = data.samples.append_column("row", pa.array(np.arange(len(data.samples))))
+    first = table.group_by(names).aggregate([("row", "min")]).column("row_min").to_numpy()
     rows = data.samples.select(["corpus", "recording", "symbols"]).take(pa.array(np.sort(first)))
-    return {(row["corpus"], row["recording"]): frozenset(row["symbols"]) for row in rows.to_pylist()}
+    found: dict[tuple[str, str], frozenset[str]] = {}
+    for row in rows.to_pylist():
+        name = row["corpus"], row["recording"]
+        found[name] = found.get(name, frozenset()) | frozenset(row["symbols"])
+    return found
 
 
 @cache
@@ -195,6 +228,26 @@ def unresolved_labels(data: ReportData) -> list[dict[str, Any]]:
         {"corpus": corpus, "label": label, "recordings": count, "reason": reason}
         for (corpus, label, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
+
+
+def suspect_units(data: ReportData) -> list[dict[str, Any]]:
+    """Corpora and kinds with channels whose amplitude or level is implausible, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for commit in data.commits:
+        for corpus, kinds in commit.unit_suspect.items():
+            counts.update({(corpus, kind): count for kind, count in kinds.items()})
+    return [
+        {"corpus": corpus, "kind": kind, "unit": UNITS.get(kind, "au"), "channels": count, "plausible": _range(kind)}
+        for (corpus, kind), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _range(kind: str) -> str:
+    rule = plausible().get(kind)
+    if rule is None:
+        return ""
+    bounds = {"robust amplitude": rule.amplitude, "median": rule.level}
+    return ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in ((n, b) for n, b in bounds.items() if b))
 
 
 def unmapped_texts(data: ReportData) -> list[dict[str, Any]]:

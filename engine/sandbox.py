@@ -34,7 +34,8 @@ import numpy as np
 
 from engine.files import companions
 from engine.recording import split_member
-from engine.windows import Losses, Sample, window_recording
+from engine.rows import Losses
+from engine.windows import Sample, window_recording
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, ContractError, RecordingError
 from manifests.recipes import Recipe
@@ -69,6 +70,7 @@ class Job:
                 "path": str(self.path),
                 "root": str(self.root),
                 "corpus": self.corpus.model_dump_json(),
+                "salt": self.corpus.salt.hex(),  # no dump holds it; the pipe is the only way it goes
                 "recipe": self.recipe.model_dump_json(),
                 "spool": str(self.spool),
             }
@@ -81,15 +83,15 @@ class Job:
         return cls(
             path=Path(data["path"]),
             root=Path(data["root"]),
-            corpus=_corpus(data["corpus"]),
+            corpus=_corpus(data["corpus"], data["salt"]),
             recipe=_recipe(data["recipe"]),
             spool=Path(data["spool"]),
         )
 
 
 @cache
-def _corpus(text: str) -> Corpus:
-    return Corpus.model_validate_json(text)
+def _corpus(text: str, salt: str) -> Corpus:
+    return Corpus.model_validate_json(text).model_copy(update={"salt": bytes.fromhex(salt)})
 
 
 @cache
@@ -165,6 +167,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": losses.unmapped.total(),
+        "unit_suspect": {kind: count for kind, count in sorted(losses.unit_suspect.items()) if count},
         "sha256": _digests(job),
     }
 

@@ -1,38 +1,30 @@
-"""Samples of one recording: channels filtered and resampled whole, quantised, cut, tagged, labelled.
+"""Samples of one recording: its channels (`engine.rows`) cut into windows, tagged, labelled.
 
 Pure and without Ray: conversion and prediction on a stranger's file both come through here, so both see the same
-signal. Channels are decoded a few at a time, and only the int16 result of the whole recording stays in memory.
+signal.
 """
 
-import hashlib
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.annotations import Labels, read_labels
-from engine.dsp import fill_nan, harmonise, output_length, to_unit
 from engine.files import is_unlisted
-from engine.quality import Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
-from engine.read import read_header, read_signals
-from engine.recording import Channel, Recording
-from engine.scan import resolve_channels, session_hash, subject_of
-from manifests.channels import UCS_VERSION, ChannelTag
-from manifests.corpora import Corpus, split_of, subject_hash
+from engine.read import read_header
+from engine.recording import Recording
+from engine.rows import Losses, Row, by_rate_and_kind, rows_of
+from engine.scan import session_hash, subject_of
+from manifests.channels import UCS_VERSION
+from manifests.corpora import Corpus, pseudonym, recording_split, subject_hash
 from manifests.errors import RecordingError
-from manifests.recipes import KindRule, Recipe
+from manifests.recipes import NATIVE, Recipe
 
-_GROUP_BYTES = 256 << 20  # float32 samples decoded at once
 _STAGE_EPOCH_S = 30
-_UNIT_WITH_FACTOR = re.compile(r"(\d+(?:\.\d+)?) +(\S+)")
-_FILTER_TOKEN = re.compile(r"\b(HP|LP|BP|N|NOTCH|DC)\s*[:=]?\s*(\d+(?:\.\d+)?)\s*(k?Hz|s)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +47,7 @@ class _Place:
 
 def recording_id(corpus: Corpus, path: str) -> str:
     """12 hex digits that stand for a recording: a hash of corpus and path, unequal for two recordings."""
-    return hashlib.sha256(f"kymo/1/{corpus.id}/{path}".encode()).hexdigest()[:12]
+    return pseudonym(corpus, f"{corpus.id}/{path}")
 
 
 def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place]:
@@ -128,19 +120,36 @@ def _is_labelled(labels: Mapping[str, Any]) -> bool:
     return bool(labels.get("classes")) or any(stage != "?" for stage in labels.get("stage", []))
 
 
-def _identity(corpus: Corpus, recipe: Recipe, relative: str) -> dict[str, str]:
+def _identity(corpus: Corpus, recipe: Recipe, relative: str, root: Path) -> dict[str, str]:
     """What every window of a recording says about where it comes from, hashed where it could name a person."""
-    if relative in corpus.known_bad:
-        raise RecordingError("KNOWN_BAD", f"{relative}: {corpus.known_bad[relative]}")
-    subject, session = subject_of(corpus, relative)
+    if why := corpus.bad_reason(relative):
+        raise RecordingError("KNOWN_BAD", f"{relative}: {why}")
+    subject, session = subject_of(corpus, relative, root)
     return {
         "corpus": corpus.id,
         "subject": subject_hash(corpus, subject),
         "recording": recording_id(corpus, relative),
         "session": session_hash(corpus, subject, session),
-        "split": split_of(corpus, subject),
+        "split": recording_split(corpus, relative, root),
         "recipe": recipe.id,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Axis:
+    """Time axis of a group of samples: its rate in Hz, samples of a window, and what their keys end with."""
+
+    rate: Fraction
+    length: int
+    suffix: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, rate: Fraction | None) -> "_Axis":
+        """Axis of the channels stored at `rate`; None: of a recipe that sets the rates, which is its highest."""
+        suffix = "" if rate is None else "-" + str(rate).replace("/", "_")
+        if rate is None:
+            rate = Fraction(max(rule.rate_hz for rule in recipe.kinds.values() if rule.rate_hz != NATIVE))
+        return cls(rate=rate, length=recipe.window_samples(rate), suffix=suffix)
 
 
 def window_recording(
@@ -162,8 +171,8 @@ def window_recording(
     losses = losses if losses is not None else Losses()
     if is_unlisted(path, corpus):  # it has no subject; its header tells what is wrong
         read_header(path, corpus.reader_of(path), corpus.layout)
-    identity = _identity(corpus, recipe, path.relative_to(root).as_posix())
-    recording = read_header(path, corpus.reader, corpus.layout)
+    identity = _identity(corpus, recipe, path.relative_to(root).as_posix(), root)
+    recording = read_header(path, corpus.reader_of(path), corpus.layout)
     places = _places(recording, recipe, losses)
     if not places:
         longest = max((float(segment.duration) for segment in recording.segments), default=0.0)
@@ -172,30 +181,45 @@ def window_recording(
         )
     labels = read_labels(recording, corpus)
     losses.unmapped.update(labels.unmapped)
-    rows = _rows(recording, corpus, recipe, losses)
-    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in recipe.kinds}
-    by_kind = {kind: members for kind, members in by_kind.items() if members}
-    rate_hz = max(rule.rate_hz for rule in recipe.kinds.values())
+    common = {
+        **identity,
+        "mains_hz": corpus.mains_hz,
+        **({"repairs": list(recording.repairs)} if recording.repairs else {}),
+        "ucs_version": UCS_VERSION,
+    }
+    groups = by_rate_and_kind(rows_of(recording, corpus, recipe, losses), recipe)
     for place in places:
-        arrays, tags, quality = _window(by_kind, place, recipe.window_s)
-        given = window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=rate_hz)
-        if quality < recipe.min_quality:
-            losses.dropped["quality"] += 1
-            continue
-        if recipe.keep == "labelled" and not _is_labelled(given):
-            losses.dropped["unlabelled"] += 1
-            continue
-        start = int(place.start * rate_hz)
-        key = f"{corpus.id}-{identity['subject']}-{identity['recording']}-{start:010d}"
-        meta = {
-            "key": key,
-            **identity,
-            "start": start,
-            "length": recipe.window_s * rate_hz,
-            "rate": [rate_hz, 1],
-            "quality": quality,
-            "ucs_version": UCS_VERSION,
-            "ucs": tags,
-            "labels": given,
-        }
-        yield Sample(key=key, arrays=arrays, meta=meta)
+        for rate, rows in groups.items():
+            sample = _sample(place, rows, _Axis.of(recipe, rate), labels, recipe=recipe, common=common)
+            if sample.meta["quality"] < recipe.min_quality:
+                losses.dropped["quality"] += 1
+            elif recipe.keep == "labelled" and not _is_labelled(sample.meta["labels"]):
+                losses.dropped["unlabelled"] += 1
+            else:
+                yield sample
+
+
+def _sample(
+    place: _Place,
+    rows: Mapping[str, Sequence[Row]],
+    axis: _Axis,
+    labels: Labels,
+    *,
+    recipe: Recipe,
+    common: Mapping[str, Any],
+) -> Sample:
+    """One window of the channels of one time axis."""
+    arrays, tags, quality = _window(rows, place, recipe)
+    start = math.floor(place.start * axis.rate)
+    key = f"{common['corpus']}-{common['subject']}-{common['recording']}-{start:010d}{axis.suffix}"
+    meta = {
+        "key": key,
+        **common,
+        "start": start,
+        "length": axis.length,
+        "rate": list(axis.rate.as_integer_ratio()),
+        "quality": quality,
+        "ucs": tags,
+        "labels": window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=axis.rate),
+    }
+    return Sample(key=key, arrays=arrays, meta=meta)

@@ -11,8 +11,9 @@ from adapters.bundle import Bundle
 from adapters.predict import Prediction, check_channels, predict
 from engine.read import read_header, sniff
 from engine.recording import Recording
+from engine.rows import Losses, in_canonical_unit
 from engine.scan import resolve_channels
-from engine.windows import Losses, in_canonical_unit, window_recording
+from engine.windows import window_recording
 from manifests.channels import Unresolved, resolve
 from manifests.config import validate
 from manifests.corpora import Corpus

@@ -1,5 +1,7 @@
 """What conversion bakes into a shard: rate and band per kind, window, labels. One YAML each in `recipes/`."""
 
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,28 +17,48 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+NATIVE = "native"
+"""A kind's `rate_hz` that keeps whatever rate a channel was recorded at."""
+
+
 class KindRule(_Strict):
     """Rate and band of one kind; null leaves that side of the band open.
 
-    The upper edge of the anti-alias filter is set by the rate; `high_hz` lowers it.
+    The upper edge of the anti-alias filter is set by the rate; `high_hz` lowers it. `rate_hz: native` keeps the
+    recorded rate.
     """
 
-    rate_hz: Annotated[int, Field(gt=0)]
+    rate_hz: Annotated[int, Field(gt=0)] | Literal["native"]
     low_hz: Annotated[float, Field(gt=0)] | None = None
     high_hz: Annotated[float, Field(gt=0)] | None = None
     notch: bool = False
 
     @model_validator(mode="after")
     def _is_a_band(self) -> "KindRule":
-        if self.high_hz is not None and self.high_hz > self.rate_hz / 2:
+        nyquist = float("inf") if self.rate_hz == NATIVE else self.rate_hz / 2
+        if self.high_hz is not None and self.high_hz > nyquist:
             raise ValueError(f"high_hz {self.high_hz} lies above half of rate_hz {self.rate_hz}")
-        if self.low_hz is not None and self.low_hz >= (self.high_hz or self.rate_hz / 2):
+        if self.low_hz is not None and self.low_hz >= (self.high_hz or nyquist):
             raise ValueError(f"low_hz {self.low_hz} is not below the upper edge")
         return self
+
+    def stored_rate(self, recorded: Fraction) -> Fraction:
+        """Rate in Hz at which a channel is stored that was recorded at `recorded` Hz."""
+        return recorded if self.rate_hz == NATIVE else Fraction(self.rate_hz)
+
+    @property
+    def least_recorded_hz(self) -> float:
+        """Least recorded rate in Hz that holds the band which the rule promises."""
+        if self.high_hz is not None:
+            return 2 * self.high_hz
+        return 2 * (self.low_hz or 0.0) if self.rate_hz == NATIVE else self.rate_hz
 
 
 class Recipe(_Strict):
     """A recipe. Windows start every `hop_s` seconds inside each contiguous segment.
+
+    With native rates a window becomes one sample for each rate that its channels have, so that the arrays of a sample
+    share one time axis. A window at 1000/3 Hz holds the whole samples that fit: 3333 in 10 s; the rate stays exact.
 
     Attributes:
         keep: `all` windows, or only `labelled` ones.
@@ -59,6 +81,21 @@ class Recipe(_Strict):
         if unknown or not value:
             raise ValueError(f"kinds {', '.join(unknown) or '(none)'}: expected some of {', '.join(KINDS)}")
         return value
+
+    @model_validator(mode="after")
+    def _all_native_or_none(self) -> "Recipe":
+        if len({rule.rate_hz == NATIVE for rule in self.kinds.values()}) > 1:
+            raise ValueError("kinds: rate_hz is native for some and a number for others; a recipe keeps all or none")
+        return self
+
+    @property
+    def is_native(self) -> bool:
+        """Whether channels keep their recorded rates."""
+        return any(rule.rate_hz == NATIVE for rule in self.kinds.values())
+
+    def window_samples(self, rate: Fraction) -> int:
+        """Samples of a window at `rate` Hz."""
+        return floor(self.window_s * rate)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

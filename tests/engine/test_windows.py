@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from engine.annotations import Labels
 from engine.read import read_header, read_signals
 from engine.recording import Annotation, Channel, Recording, Segment
-from engine.rows import Losses, clean_prefilter, in_canonical_unit, segment_samples
+from engine.rows import Losses, segment_samples
 from engine.windows import Sample, recording_id, window_labels, window_recording
 from manifests.corpora import Corpus, load_corpus, split_of, subject_hash
 from manifests.errors import RecordingError
@@ -195,8 +196,8 @@ def test_windows_stay_inside_segments_and_on_the_grid(monkeypatch: pytest.Monkey
         ),
     )
     monkeypatch.setattr("engine.windows.read_header", lambda *_: recording)
-    monkeypatch.setattr("engine.windows.read_signals", lambda *_: [ramp.copy()])
-    monkeypatch.setattr("engine.windows.harmonise", lambda signal, **_: signal)
+    monkeypatch.setattr("engine.rows.read_signals", lambda *_: [ramp.copy()])
+    monkeypatch.setattr("engine.rows.harmonise", lambda signal, **_: signal)
     losses = Losses()
     first, second = windows(own_corpus(), "sleep128", tmp_path, "a.edf", losses)
     assert [first.meta["start"], second.meta["start"]] == [0, 120 * 128]
@@ -219,20 +220,63 @@ def test_stages_events_and_classes_of_a_window() -> None:
         "events": [[0, 10, "rest"], [10, 30, "left"]],
         "classes": ["rest"],
     }
-    assert window_labels(
-        Labels(classes=("426783006",)), Fraction(0), window_s=4, rate_hz=10
-    ) == {"classes": ["426783006"]}
+    assert window_labels(Labels(classes=("426783006",)), Fraction(0), window_s=4, rate_hz=10) == {
+        "classes": ["426783006"]
+    }
 
 
-def test_filter_history_is_kept_without_free_text() -> None:
-    assert clean_prefilter("HP:0.30Hz LP:75Hz N:50Hz Jane Doe 12") == "HP:0.30Hz LP:75Hz N:50Hz"
-    assert clean_prefilter("patient of Dr. HP Smith") == ""
+def test_native_rates_give_one_sample_per_rate(tmp_path: Path) -> None:
+    from edfio import Edf, EdfSignal
+
+    rates = {"C3-M2": 256, "C4-M1": 128, "ECG II": 256, "Thorax": 32}
+    signals = [
+        EdfSignal(noise(35, rate), rate, label=label, physical_dimension="uV", physical_range=(-400, 400))
+        for label, rate in rates.items()
+    ]
+    Edf(signals).write(tmp_path / "a.edf")
+    losses = Losses()
+    found = windows(own_corpus(units={"Thorax": "au"}), "native", tmp_path, "a.edf", losses)
+    assert [sample.meta["rate"] for sample in found] == [[256, 1], [128, 1], [32, 1]] * 3
+    assert [sample.meta["start"] for sample in found] == [10 * i * rate for i in range(3) for rate in (256, 128, 32)]
+    assert len({sample.key for sample in found}) == 9
+    fast, slow, breath = found[:3]
+    assert {kind: array.shape for kind, array in fast.arrays.items()} == {"eeg": (1, 2560), "ecg": (1, 2560)}
+    assert [tag["symbol"] for tag in slow.meta["ucs"]["eeg"]] == ["eeg:C4-M1"]
+    assert breath.arrays["resp"].shape == (1, 320)
+    assert losses.dropped["partial"] == 1
 
 
-def test_a_declared_unit_may_carry_a_factor() -> None:
-    one = np.ones(3, dtype=np.float32)
-    assert in_canonical_unit(one, "100 uV", "uV")[0] == 100
-    assert in_canonical_unit(one, "mV", "uV")[0] == 1000
+def test_a_rate_that_is_no_whole_number_stays_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rate = Fraction(1000, 3)
+    signal = np.arange(13_334, dtype=np.float32)  # 40.002 s
+    recording = Recording(
+        path=tmp_path / "a.edf",
+        channels=(Channel(index=0, label="C3-M2", rate=rate, unit="uV", prefilter="", num_samples=signal.size),),
+        segments=(Segment(start=Fraction(0), duration=signal.size / rate),),
+    )
+    monkeypatch.setattr("engine.windows.read_header", lambda *_: recording)
+    monkeypatch.setattr("engine.rows.read_signals", lambda *_: [signal.copy()])
+    kinds = {"eeg": {"rate_hz": "native"}}
+    recipe = Recipe.model_validate({"id": "own", "title": "own", "window_s": 10, "hop_s": 10, "kinds": kinds})
+    found = windows(own_corpus(), recipe, tmp_path, "a.edf")
+    assert [sample.meta["start"] for sample in found] == [0, 3333, 6666, 10000]
+    for sample in found:
+        assert sample.meta["rate"] == sample.meta["ucs"]["eeg"][0]["rate"] == [1000, 3]
+        assert sample.meta["length"] == sample.arrays["eeg"].shape[1] == 3333
+        assert sample.key.endswith("-1000_3")
+        assert physical(sample, "eeg")[0, 0] == pytest.approx(sample.meta["start"], abs=1)
+
+
+def test_mains_and_repairs_stand_in_every_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_edf(tmp_path / "a.edf", {"C3-M2": noise(60)}, 128)
+    for sample in windows(own_corpus(mains_hz=60), "sleep128", tmp_path, "a.edf"):
+        assert sample.meta["mains_hz"] == 60
+        assert "repairs" not in sample.meta
+    repaired = replace(read_header(tmp_path / "a.edf", "edf"), repairs=("RECORDS_COUNTED",))
+    monkeypatch.setattr("engine.windows.read_header", lambda *_: repaired)
+    found = windows(own_corpus(), "sleep128", tmp_path, "a.edf")
+    assert [sample.meta["repairs"] for sample in found] == [["RECORDS_COUNTED"]] * 2
+    assert found[0].meta["mains_hz"] is None
 
 
 @pytest.mark.parametrize(
@@ -240,6 +284,7 @@ def test_a_declared_unit_may_carry_a_factor() -> None:
     [
         (("eegmmidb", "eeg200", "eegmmidb"), "S001/S001R01.edf", 15, {"eeg": (64, 800)}),
         (("mitdb", "ecg128", "mitdb"), "100.hea", 180, {"ecg": (2, 1280)}),
+        (("mitdb", "native", "mitdb"), "100.hea", 180, {"ecg": (2, 3600)}),
         (("challenge2021", "ecg128", "challenge2021_12lead"), "A/A0689.hea", 1, {"ecg": (12, 1280)}),
         (("ucddb_epochs", "sleep128", "ucddb_epochs"), "ucd018_C3A2_reassembled.edf", 822, {"eeg": (1, 3840)}),
         (("ucddb_epochs_mat", "sleep128", "ucddb_epochs"), "ucd002_stagedeep.mat", 87, {"eeg": (1, 3840)}),
