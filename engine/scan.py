@@ -293,9 +293,9 @@ def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, work: Pa
         return read_header(copy, reader, corpus.layout)
 
 
-def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
-    """Corpora with their roots; two sources of one corpus id are refused."""
-    loaded = [(load_corpus(source.corpus), source.root) for source in sources]
+def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[Corpus, Path]]:
+    """Corpora with their roots, hashing with `salt`; two sources of one corpus id are refused."""
+    loaded = [(load_corpus(source.corpus).model_copy(update={"salt": salt}), source.root) for source in sources]
     ids = Counter(corpus.id for corpus, _ in loaded)
     twice = [name for name, count in ids.items() if count > 1]
     if twice:
@@ -310,15 +310,16 @@ def load_sources(sources: Iterable[Source]) -> list[tuple[Corpus, Path]]:
     return loaded
 
 
-def scan(sources: Iterable[Source], *, work: Path | None = None) -> ScanResult:
+def scan(sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b"") -> ScanResult:
     """Every recording of the sources, read from headers only, in the order of sources and paths.
 
     A recording on a store is copied to `work` (a local folder; None: the system's temporary one) to read its header.
+    `salt` is the secret that persons are hashed with, see `ConvertConfig.salt_file`.
 
     Raises:
         ConfigError: A corpus or root that is missing, or a path whose subject cannot be read.
     """
-    loaded = load_sources(sources)
+    loaded = load_sources(sources, salt=salt)
     rows: list[ScanRow] = []
     for corpus, root in loaded:
         with local_tables(corpus, root, work=work) as (folder, lookup_root):
