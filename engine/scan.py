@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config import Source
 from engine.copies import local_copy, local_tables
-from engine.files import corpus_files, identity_of, is_unlisted
+from engine.files import companions, corpus_files, identity_of, is_unlisted
 from engine.read import read_header, sniff
 from engine.recording import MEMBER_MARK, Channel, Recording
 from manifests.channels import ChannelTag, Unresolved, resolve
@@ -331,10 +331,12 @@ def scan(sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b
 
 
 def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        reader = sniff(path) if path.is_file() else None
-        if reader is not None:
-            yield path, reader
+    """Files that a reader recognises, without those that another one consists of (segments of a WFDB record)."""
+    paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+    found = {path: reader for path in paths if path.is_file() and (reader := sniff(path)) is not None}
+    parts = {path: set(companions(path, reader)) - {path} for path, reader in found.items()}
+    inside = {part for path, named in parts.items() for part in named if path not in parts.get(part, ())}
+    yield from ((path, reader) for path, reader in found.items() if path not in inside)
 
 
 def scan_folder(root: Path) -> ScanResult:

@@ -1,12 +1,18 @@
 """WFDB records (PhysioNet), decoded by the `wfdb` package: native rates, gaps, missing samples as NaN.
 
-Source: https://wfdb.io/spec/header-files.html.
+Signals come in blocks of frames, one segment of a multi-segment record after the other, so that a day of Holter
+costs little more memory than its float32 samples. Skew and calibration are applied here: wfdb cannot shift two
+signals by different counts, and reads a gain of 0 as 200.
+
+Source: https://wfdb.io/spec/header-files.html, https://wfdb.io/spec/signal-files.html.
 """
 
 import contextlib
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,7 @@ import wfdb
 from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
 
-# Bytes of one sample, by format; compressed formats (508, 516, 524) have none.
+# Bytes of one sample, by format; compressed formats have none.
 _SAMPLE_BYTES = {
     "8": Fraction(1),
     "16": Fraction(2),
@@ -30,18 +36,61 @@ _SAMPLE_BYTES = {
     "310": Fraction(4, 3),
     "311": Fraction(4, 3),
 }
-_SUMMED = frozenset({"16", "212"})  # formats whose digital values wfdb hands out, for the checksum
+# Bits of one sample: the lowest number they hold means "no valid sample". Format 8 has no such code.
+_BITS = {"16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 10, "311": 10}
+_BITS |= {"508": 8, "516": 16, "524": 24}
+_BLOCK_FRAMES = 12 << 16  # a multiple of the 2 or 3 samples that formats 212, 310 and 311 pack together
+_MAX_HEADER_BYTES = 16 << 20  # headers are text of some kilobytes; a day in a thousand segments has 100
+_MAX_RATE_HZ, _MAX_GAIN = 10**8, 1e30
 _COMMENT = re.compile(r"\s*([A-Za-z]\w{0,30})\s*:\s*(.*)")
 _RECORD_NAME = re.compile(r"([-\w]+)(\.\w+)(?=[ \t])")
+_MULTI = re.compile(r"[-\w]+/\d+")
+_GAIN = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # wfdb's records are `Any` below: it declares every attribute as optional.
 # What wfdb raises on a file that breaks the format; its own HeaderSyntaxError is a ValueError.
-_WFDB_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError)
+_WFDB_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A single-segment record inside the whole: where wfdb finds it, its first frame, and its usable frames.
+
+    `rows` tells which of its signals is which of the whole record's; `gains` are as written, None where absent.
+    """
+
+    name: str
+    record: Any
+    gains: list[str | None]
+    first: int
+    num_frames: int
+    rows: dict[int, int]
 
 
 def companions(path: Path) -> list[Path]:
-    """Signal files, or segment headers, that a `.hea` names."""
-    lines = path.read_text(encoding="latin-1").splitlines()
-    return [path.parent / line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    """Signal files that a `.hea` names, and the headers and signal files of its segments; some may be missing.
+
+    A name with a folder in it is left out: such a record is refused by `read_header`.
+    """
+    names, is_multi = _beside(path)
+    if not is_multi:
+        return [path.parent / name for name in names]
+    found: list[Path] = []
+    for name in names:
+        segment = path.parent / f"{name}.hea"
+        found.append(segment)
+        if segment != path and segment.is_file():
+            found += [path.parent / other for other in _beside(segment)[0]]
+    return list(dict.fromkeys(found))
+
+
+def _beside(path: Path) -> tuple[list[str], bool]:
+    """Names below the record line that can lie beside the header, and whether they are segments; none if unreadable."""
+    try:
+        lines = _lines(_header_text(path))
+    except (RecordingError, OSError):
+        return [], False
+    names = [name for name in _names(lines) if name != "~" and not _is_elsewhere(name)]
+    return names, bool(lines and _MULTI.fullmatch(lines[0].split()[0]))
 
 
 def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
@@ -51,32 +100,19 @@ def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
         RecordingError: `NOT_A_RECORDING`, `HEADER_INVALID` or `TRUNCATED`.
     """
     repairs: list[str] = []
-    text = _header_text(path)
-    with _record_name(path, text, repairs) as name:
-        record = _parse(name, path)
+    with _opened(path, repairs) as (record, parts):
         described = _described(record)
-        if not described.n_sig or not record.fs:
-            raise RecordingError("HEADER_INVALID", f"{path}: {described.n_sig} signals at {record.fs} Hz")
-        runs = _runs(record, name, path, repairs)
-    frame_rate = Fraction(str(record.fs)).limit_denominator(1_000_000)
-    gains = _gains(text) if described is record else []
-    channels = []
-    for index in range(described.n_sig):
-        per_frame = described.samps_per_frame[index] or 1
-        gain = gains[index] if gains else ""
-        if gain is None:
-            repairs.append(f"signal {index}: no gain in the header: 200 per unit, as the standard says")
-        channels.append(
-            Channel(
-                index=index,
-                label=described.sig_name[index] or "",
-                rate=frame_rate * per_frame,
-                unit=described.units[index] or "",
-                prefilter="",
-                num_samples=sum(stop - start for start, stop in runs) * per_frame,
-                calibrated=gain is None or not re.fullmatch(r"[-+]?0*\.?0*(e.*)?", gain or "1"),
-            )
-        )
+        frame_rate = _frame_rate(record, path)
+        runs = _runs(parts)
+        channels = [
+            _channel(described, parts, index, frame_rate=frame_rate, num_frames=sum(b - a for a, b in runs))
+            for index in range(described.n_sig)
+        ]
+    repairs += [
+        f"signal {index}: no gain in the header: 200 per unit, as the standard says"
+        for index in range(len(channels))
+        if any(part.gains[part.rows[index]] is None for part in parts if index in part.rows)
+    ]
     return Recording(
         path=path,
         channels=tuple(channels),
@@ -93,76 +129,181 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
     Raises:
         RecordingError: `SIGNAL_INVALID` (also for a checksum that differs from the header's) or `TRUNCATED`.
     """
+    by_index = {channel.index: channel for channel in recording.channels}
+    outputs = [np.empty(by_index[index].num_samples, dtype=np.float32) for index in indices]
     if not indices:
         return []
-    path = recording.path
-    by_index = {channel.index: channel for channel in recording.channels}
-    channels = [by_index[index] for index in indices]
-    with _record_name(path, _header_text(path), []) as name:
-        header = _parse(name, path)
-        per_frame = _described(header).samps_per_frame[channels[0].index] or 1
-        last = recording.segments[-1]
-        num_frames = int((last.start + last.duration) * channels[0].rate / per_frame)
-        record = _read(
-            name,
-            path,
-            channels=list(indices),
-            sampto=None if header.sig_len is None else num_frames,
-            physical=_is_multi(header) or not _SUMMED.issuperset(header.fmt),
-        )
-    if record.e_d_signal is not None:
-        _check_sums(record, header.sig_len, path)
-        record.dac(expanded=True, return_res=32, inplace=True)
-    signals = list(record.e_p_signal)
-    for row, channel in enumerate(channels):
-        if not channel.calibrated:
-            signals[row] = signals[row] * record.adc_gain[row] + record.baseline[row]
-    return [_cut(signal, channel, recording) for signal, channel in zip(signals, channels, strict=True)]
+    with _opened(recording.path, []) as (record, parts):
+        per_frame = [_described(record).samps_per_frame[index] or 1 for index in indices]
+        if any(sum(part.num_frames for part in parts) * n != len(o) for n, o in zip(per_frame, outputs, strict=True)):
+            raise RecordingError("TRUNCATED", f"{recording.path}: its files changed while they were read")
+        done = 0
+        for part in parts:
+            views = {
+                index: output[done * n : (done + part.num_frames) * n]
+                for index, output, n in zip(indices, outputs, per_frame, strict=True)
+            }
+            done += part.num_frames
+            for index in set(indices) - set(part.rows):
+                views[index].fill(np.nan)
+            present = {part.rows[index]: view for index, view in views.items() if index in part.rows}
+            if present:
+                is_raw = {part.rows[i]: not by_index[i].calibrated for i in indices if i in part.rows}
+                _decode(part, present, is_raw, recording.path)
+    return outputs
+
+
+def _decode(part: _Part, views: Mapping[int, np.ndarray], is_raw: Mapping[int, bool], path: Path) -> None:
+    """Signals of one part, written to `views` by signal: shifted by their skew, in units or as digital values."""
+    record, rows = part.record, list(views)
+    is_whole_only = record.sig_len is None or "8" in record.fmt  # format 8 holds differences
+    step = part.num_frames if is_whole_only else _BLOCK_FRAMES
+    sums = dict.fromkeys(rows, 0)
+    for start in range(0, part.num_frames, step):
+        stop = None if record.sig_len is None else min(part.num_frames, start + step)
+        block = _read(part.name, path, rows, (start, stop), has_big_endian="61" in record.fmt)
+        for row, digital in zip(rows, block, strict=True):
+            per_frame = record.samps_per_frame[row] or 1
+            count = (min(part.num_frames, start + step) - start) * per_frame
+            if len(digital) != count:
+                raise RecordingError("TRUNCATED", f"{path}: {len(digital)} samples of signal {row}, not {count}")
+            sums[row] += int(np.sum(digital, dtype=np.int64))
+            values = digital.astype(np.float64)
+            if not is_raw[row]:
+                values -= record.baseline[row] or 0
+                values /= record.adc_gain[row]
+            if record.fmt[row] in _BITS:
+                values[digital == -(1 << (_BITS[record.fmt[row]] - 1))] = np.nan
+            first = (start - (record.skew[row] or 0)) * per_frame
+            views[row][max(0, first) : first + count] = values[max(0, -first) :]
+    for row, view in views.items():
+        if skew := (record.skew[row] or 0) * (record.samps_per_frame[row] or 1):
+            view[-skew:] = np.nan
+    if part.num_frames == record.sig_len:
+        _check_sums(record, sums, path)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines of a header without comments and blank ones."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def _names(lines: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(line.split()[0] for line in lines[1:]))
+
+
+def _is_elsewhere(name: str) -> bool:
+    return "/" in name or "\\" in name or name in {".", ".."}
 
 
 def _header_text(path: Path) -> str:
-    data = path.read_bytes()
+    size = path.stat().st_size
+    data = path.read_bytes() if size <= _MAX_HEADER_BYTES else b""
     if b"\0" in data or not data.strip():
-        raise RecordingError("NOT_A_RECORDING", f"{path}: not a text header ({len(data)} bytes); give the .hea")
+        raise RecordingError("NOT_A_RECORDING", f"{path}: not a text header ({size} bytes); give the .hea")
     return data.decode("latin-1")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, repairs: list[str]) -> Iterator[tuple[Any, list[_Part]]]:
+    """The record's header and its parts, while wfdb can find them."""
+    text = _header_text(path)
+    elsewhere = [name for name in _names(_lines(text)) if _is_elsewhere(name)]
+    if elsewhere:
+        raise RecordingError(
+            "HEADER_INVALID", f"{path}: names files in other folders ({elsewhere[0][:80]!r}); they must lie beside it"
+        )
+    with _record_name(path, text, repairs) as name:
+        record = _parse(name, path)
+        yield record, _parts(record, name, path, repairs)
 
 
 @contextlib.contextmanager
 def _record_name(path: Path, text: str, repairs: list[str]) -> Iterator[str]:
     """Record name that wfdb opens. Georgia's headers call the record `E00009.mat`, which wfdb refuses."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = _lines(text)
     match = _RECORD_NAME.match(lines[0]) if lines else None
     if not match:
         yield str(path.with_suffix(""))
         return
-    repairs.append(f"record name {match.group()!r} read as {match[1]!r}")
+    repairs.append("record name with a suffix read without it")
     with tempfile.TemporaryDirectory(prefix="kymo-wfdb-") as folder:
         copy = Path(folder, path.name)
         copy.write_text(text.replace(match.group(), match[1], 1), encoding="latin-1")
-        for signal_file in {line.split()[0] for line in lines[1:]}:
-            Path(folder, Path(signal_file).name).symlink_to(path.parent.resolve() / Path(signal_file).name)
+        for signal_file in _names(lines):
+            Path(folder, signal_file).symlink_to(path.parent.resolve() / signal_file)
         yield str(copy.with_suffix(""))
 
 
 def _parse(name: str, path: Path) -> Any:
     try:
-        return wfdb.rdheader(name, rd_segments=True)
+        record: Any = wfdb.rdheader(name, rd_segments=True)
+    except FileNotFoundError as error:
+        missing = Path(error.filename or "").name
+        reason = "HEADER_INVALID" if missing == f"{Path(name).name}.hea" else "TRUNCATED"  # a segment's header
+        raise RecordingError(reason, f"{path}: {missing} is missing; a record's header is a .hea file") from error
     except OSError as error:
         raise RecordingError("HEADER_INVALID", f"{path}: {error}") from error
     except _WFDB_ERRORS as error:
         what = "a git-lfs pointer; fetch the file itself" if "git-lfs" in _header_text(path) else str(error)
         raise RecordingError("HEADER_INVALID", f"{path}: {what}") from error
+    for single in record.segments if _is_multi(record) else [record]:
+        if single is not None:
+            _check_header(single, path)
+    return record
 
 
-def _read(name: str, path: Path, *, channels: list[int], sampto: int | None, physical: bool) -> Any:
+def _check_header(record: Any, path: Path) -> None:
+    """Raise where a single-segment header contradicts itself or cannot be true."""
+    if _is_multi(record):
+        raise RecordingError("HEADER_INVALID", f"{path}: a segment that has segments itself")
+    names = record.file_name or []
+    if not record.n_sig or record.n_sig != len(names):
+        raise RecordingError("HEADER_INVALID", f"{path}: {record.n_sig} signals, but {len(names)} lines for them")
+    groups = list(dict.fromkeys(names))
+    if names != sorted(names, key=groups.index):
+        raise RecordingError("HEADER_INVALID", f"{path}: signals of one file do not follow each other")
+    if 0 in record.samps_per_frame:
+        raise RecordingError("HEADER_INVALID", f"{path}: 0 samples per frame")
+
+
+def _frame_rate(record: Any, path: Path) -> Fraction:
+    if not record.fs or not 0 < record.fs <= _MAX_RATE_HZ:
+        raise RecordingError("HEADER_INVALID", f"{path}: {record.fs} frames per second")
+    rate = Fraction(str(record.fs)).limit_denominator(1_000_000)
+    if not rate:
+        raise RecordingError("HEADER_INVALID", f"{path}: {record.fs} frames per second")
+    return rate
+
+
+def _read(
+    name: str, path: Path, rows: list[int], span: tuple[int, int | None], *, has_big_endian: bool
+) -> list[np.ndarray]:
+    """Digital values of some signals of a single-segment record, in a span of frames."""
+    start, stop = span
     try:
-        return wfdb.rdrecord(
-            name, channels=channels, sampto=sampto, physical=physical, smooth_frames=False, return_res=32
+        # wfdb gives no digital values of format 61 (big-endian): its units, in float64, lead back to them exactly
+        record: Any = wfdb.rdrecord(
+            name,
+            channels=rows,
+            sampfrom=start,
+            sampto=stop,
+            physical=has_big_endian,
+            smooth_frames=False,
+            ignore_skew=True,
+            return_res=64 if has_big_endian else 32,
         )
     except OSError as error:
         raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {error}") from error
     except _WFDB_ERRORS as error:
         raise RecordingError("SIGNAL_INVALID", f"{path}: {type(error).__name__}: {error}") from error
+    if not has_big_endian:
+        return record.e_d_signal
+    calibrations = zip(record.e_p_signal, record.adc_gain, record.baseline, record.fmt, strict=True)
+    return [
+        np.nan_to_num(np.rint(signal * gain + baseline), nan=-(1 << (_BITS.get(name, 1) - 1))).astype(np.int64)
+        for signal, gain, baseline, name in calibrations
+    ]
 
 
 def _is_multi(record: Any) -> bool:
@@ -176,22 +317,98 @@ def _described(record: Any) -> Any:
     return record
 
 
-def _runs(record: Any, name: str, path: Path, repairs: list[str]) -> list[tuple[int, int]]:
-    """Contiguous stretches as first frame and the one after the last."""
+def _parts(record: Any, name: str, path: Path, repairs: list[str]) -> list[_Part]:
+    """Single-segment records with samples, in time order."""
+    folder = Path(name).parent
     if not _is_multi(record):
-        return [(0, _num_frames(record, name, path, repairs))]
-    runs: list[tuple[int, int]] = []
-    position = 0
-    for segment, length in zip(record.seg_name, record.seg_len, strict=True):
-        if segment != "~" and length:
-            if runs and runs[-1][1] == position:
-                runs[-1] = (runs[-1][0], position + length)
-            else:
-                runs.append((position, position + length))
-        position += length
-    if not runs:
+        rows = {index: index for index in range(record.n_sig)}
+        return [_part(record, name, path, first=0, length=None, rows=rows, repairs=repairs)]
+    if all(segment is None for segment in record.segments):
         raise RecordingError("TRUNCATED", f"{path}: none of {len(record.seg_name)} segments holds a sample")
+    parts: list[_Part] = []
+    position = 0
+    for seg_name, length, segment in zip(record.seg_name, record.seg_len, record.segments, strict=True):
+        if segment is not None and length:
+            if segment.fs != record.fs:
+                raise RecordingError("HEADER_INVALID", f"{path}: a segment of {segment.fs} Hz in one of {record.fs}")
+            rows = _rows(_described(record), segment, path, is_fixed=record.layout == "fixed")
+            parts.append(
+                _part(segment, str(folder / seg_name), path, first=position, length=length, rows=rows, repairs=repairs)
+            )
+        position += length
+    if not parts:
+        raise RecordingError("TRUNCATED", f"{path}: none of {len(record.seg_name)} segments holds a sample")
+    return parts
+
+
+def _part(
+    record: Any, name: str, path: Path, *, first: int, length: int | None, rows: dict[int, int], repairs: list[str]
+) -> _Part:
+    num_frames = _num_frames(record, name, path, repairs)
+    if length is not None and length < num_frames:
+        raise RecordingError("HEADER_INVALID", f"{path}: {length} frames of a segment that has {num_frames}")
+    lines = [line.split() for line in _lines(_header_text(Path(f"{name}.hea")))]
+    gains = [line[2] if len(line) > 2 else None for line in lines[1:]]
+    return _Part(name=name, record=record, gains=gains, first=first, num_frames=num_frames, rows=rows)
+
+
+def _rows(described: Any, segment: Any, path: Path, *, is_fixed: bool) -> dict[int, int]:
+    """Signal of a segment for each of the whole record's that it has: by place, or by name in a variable layout."""
+    rows: dict[int, int] = {}
+    names = [name or "" for name in described.sig_name]
+    if is_fixed:
+        if segment.n_sig != described.n_sig:
+            raise RecordingError("HEADER_INVALID", f"{path}: segments of {described.n_sig} and {segment.n_sig} signals")
+        rows = {index: index for index in range(described.n_sig)}
+    else:
+        free = {(name or "", nth): row for row, (name, nth) in enumerate(_counted(segment.sig_name))}
+        rows = {index: free[key] for index, key in enumerate(_counted(names)) if key in free}
+        if len(rows) != segment.n_sig:
+            raise RecordingError("HEADER_INVALID", f"{path}: a segment has signals that the layout does not name")
+    for index, row in rows.items():
+        here = (segment.units[row], segment.samps_per_frame[row] or 1)
+        if here != (described.units[index], described.samps_per_frame[index] or 1):
+            raise RecordingError(
+                "HEADER_INVALID", f"{path}: signal {index} changes its unit or its rate between segments"
+            )
+    return rows
+
+
+def _counted(names: Sequence[str | None]) -> list[tuple[str, int]]:
+    """Each name with how often it stood before, so that equal ones stay apart."""
+    texts = [name or "" for name in names]
+    return [(text, texts[:place].count(text)) for place, text in enumerate(texts)]
+
+
+def _runs(parts: Sequence[_Part]) -> list[tuple[int, int]]:
+    """Contiguous stretches as first frame and the one after the last."""
+    runs: list[tuple[int, int]] = []
+    for part in parts:
+        if runs and runs[-1][1] == part.first:
+            runs[-1] = (runs[-1][0], part.first + part.num_frames)
+        else:
+            runs.append((part.first, part.first + part.num_frames))
     return runs
+
+
+def _channel(described: Any, parts: Sequence[_Part], index: int, *, frame_rate: Fraction, num_frames: int) -> Channel:
+    per_frame = described.samps_per_frame[index] or 1
+    return Channel(
+        index=index,
+        label=described.sig_name[index] or "",
+        rate=frame_rate * per_frame,
+        unit=described.units[index] or "",
+        prefilter="",
+        num_samples=num_frames * per_frame,
+        calibrated=all(_is_gain(part.gains[part.rows[index]]) for part in parts if index in part.rows),
+    )
+
+
+def _is_gain(text: str | None) -> bool:
+    """Whether a gain as written calibrates; absent it is 200 by the standard, 0 says that there is none."""
+    match = _GAIN.match(text or "200")
+    value = abs(float(match.group())) if match else 200.0
+    return math.isfinite(value) and 1 / _MAX_GAIN <= value <= _MAX_GAIN
 
 
 def _num_frames(record: Any, name: str, path: Path, repairs: list[str]) -> int:
@@ -200,16 +417,10 @@ def _num_frames(record: Any, name: str, path: Path, repairs: list[str]) -> int:
     for file_name in dict.fromkeys(record.file_name):
         signals = [index for index, other in enumerate(record.file_name) if other == file_name]
         signal_path = Path(name).parent / file_name
-        if not signal_path.exists():
+        if not signal_path.is_file():
             raise RecordingError("TRUNCATED", f"{path}: signal file {file_name} is missing")
-        sizes = [_SAMPLE_BYTES.get(record.fmt[index]) for index in signals]
-        if any(size is None for size in sizes):
-            continue
-        frame = sum((size or 0) * (record.samps_per_frame[i] or 1) for size, i in zip(sizes, signals, strict=True))
-        held.append(int((signal_path.stat().st_size - (record.byte_offset[signals[0]] or 0)) / frame))
+        held.append(_frames_in(signal_path, record, signals, path))
     if record.sig_len is None:
-        if not held:
-            raise RecordingError("HEADER_INVALID", f"{path}: no length in the header of a compressed record")
         repairs.append(f"no length in the header: {min(held)} frames by the size of the signal file")
         num_frames = min(held)
     else:
@@ -218,29 +429,40 @@ def _num_frames(record: Any, name: str, path: Path, repairs: list[str]) -> int:
             repairs.append(f"truncated: {num_frames} of {record.sig_len} frames in the signal file")
     if num_frames <= 0:
         raise RecordingError("TRUNCATED", f"{path}: no complete frame in the signal file")
+    if any((skew or 0) >= num_frames for skew in record.skew):
+        raise RecordingError("HEADER_INVALID", f"{path}: a skew longer than the {num_frames} frames")
     return num_frames
 
 
-def _check_sums(record: Any, num_frames: int | None, path: Path) -> None:
+def _frames_in(signal_path: Path, record: Any, signals: Sequence[int], path: Path) -> int:
+    """Whole frames of one signal file."""
+    formats = {record.fmt[index] for index in signals}
+    counts = [record.samps_per_frame[index] or 1 for index in signals]
+    offset = record.byte_offset[signals[0]] or 0
+    if len(formats) > 1 or not formats <= {*_BITS, *_SAMPLE_BYTES}:
+        shown = ", ".join(sorted(formats))
+        raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: formats {shown} in one file; expected one known to WFDB")
+    (name,) = formats
+    if name in _SAMPLE_BYTES:
+        return max(0, int((signal_path.stat().st_size - offset) / (_SAMPLE_BYTES[name] * sum(counts))))
+    with signal_path.open("rb") as stream:
+        start = stream.read(26)
+    if start[:4] != b"fLaC" or len(start) < 26:
+        raise RecordingError("SIGNAL_INVALID", f"{path}: signal file {signal_path.name} is no FLAC file")
+    total = int.from_bytes(start[18:26], "big") & ((1 << 36) - 1)  # samples by the STREAMINFO block
+    return max(0, total - offset) // counts[0]
+
+
+def _check_sums(record: Any, sums: Mapping[int, int], path: Path) -> None:
     """Refuse a whole signal whose 16-bit sum differs from the header's: its bytes are not those once written."""
-    for index, signal in enumerate(record.e_d_signal):
-        is_whole = len(signal) == (num_frames or 0) * (record.samps_per_frame[index] or 1)
-        expected = record.checksum[index]
-        if expected is None or record.skew[index] or not is_whole:
-            continue
-        found = int(np.sum(signal, dtype=np.int64))
-        if (found - expected) % 65536:
+    for row, found in sums.items():
+        expected = record.checksum[row]
+        if expected is not None and (found - expected) % 65536:
             raise RecordingError(
                 "SIGNAL_INVALID",
-                f"{path}: {record.sig_name[index]}: checksum {found % 65536}, header says {expected % 65536}; "
+                f"{path}: signal {row}: checksum {found % 65536}, header says {expected % 65536}; "
                 "the signal file is damaged: get a sound copy",
             )
-
-
-def _gains(text: str) -> list[str | None]:
-    """Gain of each signal as written, None where the line has none."""
-    lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return [line[2] if len(line) > 2 else None for line in lines[1:]]
 
 
 def _comments(lines: Sequence[str]) -> dict[str, str]:
@@ -249,17 +471,3 @@ def _comments(lines: Sequence[str]) -> dict[str, str]:
     found = {match[1]: match[2].strip() for match, _ in matches if match}
     free = "\n".join(line for match, line in matches if not match)
     return {**found, **({"comment": free} if free else {})}
-
-
-def _cut(signal: np.ndarray, channel: Channel, recording: Recording) -> np.ndarray:
-    """The segments of a signal that covers the whole record, gaps included."""
-    parts = [
-        signal[int(part.start * channel.rate) : int((part.start + part.duration) * channel.rate)]
-        for part in recording.segments
-    ]
-    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    if len(whole) != channel.num_samples:
-        raise RecordingError(
-            "SIGNAL_INVALID", f"{recording.path}: {len(whole)} samples of {channel.label!r}, not {channel.num_samples}"
-        )
-    return whole.astype(np.float32, copy=False)

@@ -79,3 +79,10 @@ def test_numbered_inputs_that_a_corpus_names_are_kept() -> None:
     corpus = load_corpus("synthetic_psg").model_copy(update={"channels": {"A1": "eeg:Fp1"}})
     found, _ = resolve_channels(_named("A1", "A3", "A4", "B1"), corpus)
     assert [tag.symbol for _, tag in found] == ["eeg:Fp1"]
+
+
+def test_segments_of_a_record_are_not_listed_beside_it(shared_data: Path) -> None:
+    rows = scan_folder(shared_data / "wfdb_variants/multi-segment").rows
+    names = [Path(row.path).name for row in rows]
+    assert names == ["041s.hea", "s25047-2704-05-04-10-44.hea", "s25047-2704-05-04-10-44n.hea"]
+    assert rows[0].num_bytes == 64 + 441 + 443 + 2 * 24000
