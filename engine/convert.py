@@ -119,7 +119,15 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
     reason = ""
     try:
         with local_copy(root / item.path, root, corpus, work=spool.parent) as (path, local_root):
-            answer = sandbox.convert(Job(path=path, root=local_root, corpus=corpus, recipe=context.recipe, spool=spool))
+            job = Job(
+                path=path,
+                root=local_root,
+                corpus=corpus,
+                recipe=context.recipe,
+                spool=spool,
+                identity=item.identity,
+            )
+            answer = sandbox.convert(job)
         num_windows = len(answer["rows"])
         _take(tally, item, answer, spool)
     except RecordingError as error:
@@ -289,7 +297,7 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
         ConfigError: Wrong configuration, or another conversion writes to the same folder.
         ContractError: A unit ended without a commit, or an earlier result is damaged.
     """
-    with locked(config.output) as check_lock:
+    with writable(config.output), locked(config.output) as check_lock:
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config))
         meter = Progress(config.output, units, todo)

@@ -26,6 +26,7 @@ from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import append_progress
 from engine.lock import locked
 from engine.plan import PlanItem, Unit
+from engine.storage import writable
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
         ConfigError: Wrong configuration, or another conversion writes to the same folder.
         ContractError: A unit ended without a commit, or an earlier result is damaged.
     """
-    with locked(config.output) as check_lock:
+    with writable(config.output), locked(config.output) as check_lock:
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config))
         if todo:

@@ -32,9 +32,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.files import companions
+from engine.files import companions, identity_of
 from engine.recording import split_member
 from engine.rows import Losses
+from engine.storage import DISK_ERRORS, output_error
 from engine.windows import Sample, window_recording
 from manifests.corpora import Corpus
 from manifests.errors import ConfigError, ContractError, RecordingError
@@ -46,22 +47,29 @@ logger = logging.getLogger(__name__)
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PAGE_BYTES = resource.getpagesize()
 _MESSAGE_CHARACTERS = 2000
-_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk's fault, not the recording's
+# An operating system's word for an input that cannot be read, now or on this machine.
+_INPUT_ERRORS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+)
 _FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _GRACE_S = 3.0
-_STOPS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "ContractError": ContractError, "OSError": OSError}
+_STOPS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "ContractError": ContractError}
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a converting process has one core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One recording to convert: corpus and recipe as plain data, paths, and the files to write."""
+    """One recording to convert: corpus and recipe as plain data, paths, and the files to write.
+
+    `identity` is that of the scan (`engine.files.identity_of`); empty: whatever lies there is converted.
+    """
 
     path: Path
     root: Path
     corpus: Corpus
     recipe: Recipe
     spool: Path
+    identity: str = ""
 
     def to_line(self) -> bytes:
         """JSON line for the child."""
@@ -73,6 +81,7 @@ class Job:
                 "salt": self.corpus.salt.hex(),  # no dump holds it; the pipe is the only way it goes
                 "recipe": self.recipe.model_dump_json(),
                 "spool": str(self.spool),
+                "identity": self.identity,
             }
         )
 
@@ -86,6 +95,7 @@ class Job:
             corpus=_corpus(data["corpus"], data["salt"]),
             recipe=_recipe(data["recipe"]),
             spool=Path(data["spool"]),
+            identity=data["identity"],
         )
 
 
@@ -147,12 +157,38 @@ def _sha256_once(path: Path, _size: int, _mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _marks(job: Job) -> list[tuple[str, int, int, int]]:
+    """Name, size, date and inode of each file of a recording: whoever writes to one changes its mark."""
+    paths = companions(job.path, job.corpus.reader_of(job.path), job.corpus)
+    stats = [(path.name, path.stat()) for path in paths]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+
+
+def _checked_marks(job: Job) -> list[tuple[str, int, int, int]]:
+    """Marks of the files, which are those that were scanned.
+
+    With the marks unchanged at the end, the bytes that were scanned, converted and hashed are the same.
+    """
+    marks = _marks(job)
+    if job.identity and identity_of(job.path, job.corpus.reader_of(job.path), job.corpus)[0] != job.identity:
+        raise _changed(job)
+    return marks
+
+
+def _changed(job: Job) -> RecordingError:
+    return RecordingError(
+        "INPUT_CHANGED",
+        f"{job.path}: is not the file that was scanned; wait until nobody writes to it and run the same command again",
+    )
+
+
 def convert_recording(job: Job) -> dict[str, Any]:
     """Spool file with the tar blocks of every window; the answer tells rows, places, losses and input digests.
 
     Raises:
-        RecordingError: The recording cannot be used.
+        RecordingError: The recording cannot be used, or is not the one that was scanned.
     """
+    marks = _checked_marks(job)
     losses = Losses()
     rows: list[dict[str, Any]] = []
     offset = 0
@@ -162,13 +198,16 @@ def convert_recording(job: Job) -> dict[str, Any]:
             file.write(block)
             rows.append({**sample_row(sample), "offset": offset, "num_bytes": len(block)})
             offset += len(block)
+    digests = _digests(job)
+    if _marks(job) != marks:
+        raise _changed(job)
     return {
         "rows": rows,
         "dropped": {reason: count for reason, count in sorted(losses.dropped.items()) if count},
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": losses.unmapped.total(),
         "unit_suspect": {kind: count for kind, count in sorted(losses.unit_suspect.items()) if count},
-        "sha256": _digests(job),
+        "sha256": digests,
     }
 
 
@@ -186,8 +225,12 @@ def guarded(job: Job, convert: Callable[[Job], dict[str, Any]] = convert_recordi
     except (ConfigError, ContractError) as error:
         return {"stop": [type(error).__name__, str(error)]}
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OUTPUT_ERRORS:
-            return {"stop": ["OSError", str(error)]}
+        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or error.filename == str(job.spool)):
+            return {"stop": ["ConfigError", str(output_error(error, job.spool.parent))]}
+        if isinstance(error, FileNotFoundError) and not split_member(job.path)[0].is_file():
+            return {"error": ["INPUT_CHANGED", f"{job.path}: {error}; it was there when it was scanned; run again"]}
+        if isinstance(error, OSError) and error.errno in _INPUT_ERRORS:
+            return {"error": ["UNREADABLE", f"{job.path}: {error}; check its rights and the disk, then run again"]}
         logger.warning("%s: %s", job.path, error, exc_info=True)
         reason, message = "CRASHED", f"{job.path}: {type(error).__name__}: {error}"
     return {"error": [reason, message[:_MESSAGE_CHARACTERS]]}

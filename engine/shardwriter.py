@@ -71,19 +71,21 @@ def write_durably(path: Path, content: Iterator[bytes], staging: Path | None) ->
     temporary = path.with_name(name) if staging is None else staging / name
     sha = hashlib.sha256()
     size = 0
-    with temporary.open("wb") as file:
-        for block in content:
-            file.write(block)
-            sha.update(block)
-            size += len(block)
-        file.flush()
+    try:
+        with temporary.open("wb") as file:
+            for block in content:
+                file.write(block)
+                sha.update(block)
+                size += len(block)
+            file.flush()
+            if staging is None:
+                os.fsync(file.fileno())
         if staging is None:
-            os.fsync(file.fileno())
-    if staging is None:
-        temporary.replace(path)
-    else:
-        upload(temporary, path)
-        temporary.unlink()
+            temporary.replace(path)
+        else:
+            upload(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
     return size, sha.hexdigest()
 
 

@@ -27,8 +27,9 @@ from upath import UPath
 from manifests.errors import ConfigError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
-# Faults of the disk or store that is written to, not of a recording.
-OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+# Faults of the disk that is written to, never of a recording.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+_RIGHTS = frozenset({errno.EACCES, errno.EPERM})
 # A listing that s3fs remembers would hide what other nodes have written since.
 _OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws (FSSPEC_S3_ANON=true: public bucket)"
@@ -124,13 +125,19 @@ def writable(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in OUTPUT_ERRORS:
-            raise
-        remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
-        raise ConfigError(
-            f"{error.filename or output}: {error.strerror or error}; {remedy} and run the same command again, which "
-            "goes on where this one stopped"
-        ) from error
+        is_here = error.filename is None or str(error.filename).startswith(str(output))
+        if error.errno in DISK_ERRORS or (error.errno in _RIGHTS and is_here):
+            raise output_error(error, output) from error
+        raise
+
+
+def output_error(error: OSError, output: Path) -> ConfigError:
+    """What the operator is told when `output` cannot be written."""
+    remedy = "make it writable" if error.errno in (errno.EROFS, *_RIGHTS) else "free space"
+    return ConfigError(
+        f"{error.filename or output}: {error.strerror or error}; {remedy} and run the same command again, which goes "
+        "on where this one stopped"
+    )
 
 
 def make_folder(path: Path) -> None:
