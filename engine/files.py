@@ -83,7 +83,7 @@ def identity_of(path: Path, reader: str, corpus: Corpus | None = None) -> tuple[
     """
     names = companions(path, reader, corpus)
     _, member = split_member(path)
-    told = member + (label_cells(path, corpus) if corpus else "")
+    told = member + (label_cells(path, corpus) if corpus and not is_unlisted(path, corpus) else "")
     if member:
         stats = [(name, name.stat()) for name in names]
         whole, total = _sampled_once(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

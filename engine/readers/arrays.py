@@ -71,6 +71,8 @@ def _positions(path: Path, _size: int, _mtime_ns: int, layout: str) -> dict[str,
             names = [str(1 + i) for i in range(container.shape(node)[rule.axes.index("member")])]
         else:
             names = sorted({found["member"] for _, found in matches(container, rule.path, known)}, key=natural)
+    positions = [(name, position) for position, name in enumerate(names) if name not in rules.not_members]
+    names = [name for name, _ in positions]
     strange = [name for name in names if not name or set(name) & set("#/\0\n")]
     if strange or len(set(names)) != len(names) or not names:
         raise RecordingError(
@@ -78,7 +80,7 @@ def _positions(path: Path, _size: int, _mtime_ns: int, layout: str) -> dict[str,
             f"{path}: {len(names)} recordings under {len(set(names))} names, {len(strange)} of them empty or with "
             "'#' or '/'; each recording needs a name of its own",
         )
-    return {name: position for position, name in enumerate(names)}
+    return dict(positions)
 
 
 def read_header(path: Path, layout: Mapping[str, object]) -> Recording:

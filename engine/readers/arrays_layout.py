@@ -160,12 +160,14 @@ class ArraysLayout(_Strict):
     Attributes:
         signals: Arrays that hold signals; several where kinds lie apart or have rates of their own.
         members: Array that names the recordings along the `member` axis, `exam_id`; without it they are numbered.
+        not_members: Names there that are no recordings, `["0"]` for the filler row of CODE-15.
         trials: How trials are placed and labelled.
         codes: Codes per epoch that become annotations.
     """
 
     signals: Annotated[tuple[SignalRule, ...], Field(min_length=1)]
     members: str | None = None
+    not_members: tuple[str, ...] = ()
     trials: TrialRule = TrialRule()
     codes: CodeRule | None = None
 

@@ -83,25 +83,33 @@ def opened(path: Path) -> Iterator[Container]:
     """
     try:
         stat = path.stat()
-        container = _open(path, stat.st_size, stat.st_mtime_ns)
+        container = _hdf5(path) or _open(path, stat.st_size, stat.st_mtime_ns)
     except _LIBRARY_ERRORS as error:
         raise RecordingError("NOT_A_RECORDING", f"{path}: no readable array file: {_said(error)}") from error
     try:
         yield container
     except _LIBRARY_ERRORS as error:
         raise RecordingError("SIGNAL_INVALID", f"{path}: {_said(error)}") from error
+    finally:
+        if isinstance(container, _Hdf5):
+            container.close()
 
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-@lru_cache(maxsize=1)  # the recordings of one file are read one after another
+def _hdf5(path: Path) -> Container | None:
+    if not h5py.is_hdf5(path):
+        return None
+    with path.open("rb") as stream:
+        return _Hdf5(path, is_matlab=stream.read(10) == b"MATLAB 7.3")
+
+
+@lru_cache(maxsize=1)  # a MAT variable is loaded as a whole, and the recordings in it are read one after another
 def _open(path: Path, _size: int, _mtime_ns: int) -> Container:
     with path.open("rb") as stream:
         start = stream.read(128)
-    if h5py.is_hdf5(path):
-        return _Hdf5(path, is_matlab=start.startswith(b"MATLAB 7.3"))
     if start.startswith(b"PK\x03\x04"):
         return _Numpy(path, zipped=True)
     if start.startswith(b"\x93NUMPY"):
@@ -153,6 +161,9 @@ class _Hdf5(Container):
         super().__init__(path)
         self._file = h5py.File(path, "r")
         self._turned = is_matlab
+
+    def close(self) -> None:
+        self._file.close()
 
     def _node(self, names: Names) -> h5py.Group | h5py.Dataset:
         node: Any = self._file
