@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-import wfdb
 from defusedxml import DefusedXmlException, ElementTree
 
 from engine.annotation_tables import clock_seconds, duration_seconds, nearest_clock, number_of
@@ -39,6 +38,8 @@ def wfdb_file(recording: Recording, path: Path) -> list[Annotation]:
 
     Source: https://wfdb.io/spec/annotation-files.html.
     """
+    import wfdb  # noqa: PLC0415 - it loads pandas, which few recordings need
+
     try:
         found = wfdb.rdann(str(path.with_suffix("")), path.suffix[1:])
     except (ValueError, IndexError, KeyError, TypeError) as error:

@@ -1,12 +1,13 @@
 """Readers by the name that a corpus file gives; each decides by a file's content, never by its suffix."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from engine.readers import arrays, brainvision, dicom, edf, fif, physionet, text, xdf
 from engine.readers.magic import MAGIC_BYTES, SIGNATURES
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
@@ -30,20 +31,41 @@ class Reader:
     members: Callable[[Path, Mapping[str, object]], list[str]] | None = None
 
 
-READERS: dict[str, Reader] = {
-    "edf": Reader(read_header=edf.read_header, read_signals=edf.read_signals),
-    "wfdb": Reader(
-        read_header=physionet.read_header, read_signals=physionet.read_signals, companions=physionet.companions
-    ),
-    "text": Reader(read_header=text.read_header, read_signals=text.read_signals),
-    "arrays": Reader(read_header=arrays.read_header, read_signals=arrays.read_signals, members=arrays.members),
-    "xdf": Reader(read_header=xdf.read_header, read_signals=xdf.read_signals),
-    "dicom": Reader(read_header=dicom.read_header, read_signals=dicom.read_signals),
-    "brainvision": Reader(
-        read_header=brainvision.read_header, read_signals=brainvision.read_signals, companions=brainvision.companions
-    ),
-    "fif": Reader(read_header=fif.read_header, read_signals=fif.read_signals, companions=fif.companions),
+# Name in a corpus file -> module of engine.readers, with `read_header`, `read_signals` and, where needed,
+# `companions` and `members`.
+_MODULES = {
+    "edf": "edf",
+    "wfdb": "physionet",
+    "text": "text",
+    "arrays": "arrays",
+    "xdf": "xdf",
+    "dicom": "dicom",
+    "brainvision": "brainvision",
+    "fif": "fif",
 }
+
+
+class _Readers(Mapping[str, Reader]):
+    """Readers by name. A module is loaded when it is first asked for: all their libraries cost more than a night."""
+
+    def __getitem__(self, name: str) -> Reader:
+        return _load(_MODULES[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+@cache
+def _load(module: str) -> Reader:
+    loaded = import_module(f"engine.readers.{module}")
+    optional = {name: getattr(loaded, name) for name in ("companions", "members") if hasattr(loaded, name)}
+    return Reader(read_header=loaded.read_header, read_signals=loaded.read_signals, **optional)
+
+
+READERS = _Readers()
 
 
 def sniff(path: Path) -> str | None:
