@@ -157,9 +157,10 @@ def stall(beat: Heartbeat, *, now: float, silent_s: float, hang_s: float) -> str
     return ""
 
 
-def _doing(beat: Heartbeat, recordings: tuple[PlanItem, ...], now: float) -> str:
+def _doing(beat: Heartbeat, recordings: tuple[PlanItem, ...], num_done: int, now: float) -> str:
     if beat.recording is None:
-        return f"writing shards for {_ago(now - beat.since)}"
+        what = "writing shards" if num_done == beat.recordings else "starting"
+        return f"{what} for {_ago(now - beat.since)}"
     name = recordings[beat.recording].path if beat.recording < len(recordings) else "?"
     return f"recording {beat.recording + 1} of {beat.recordings} for {_ago(now - beat.since)}: {name}"
 
@@ -233,7 +234,7 @@ class Reader:
         now = time.time()
         lines = [line for line in read_progress(self._output, unit.id) if "seconds" in line]
         why = stall(beat, now=now, silent_s=self._silent_s, hang_s=self._hang_s)
-        doing = _doing(beat, unit.recordings, now)
+        doing = _doing(beat, unit.recordings, len(lines), now)
         return replace(
             blank,
             state="stalled" if why else "running",

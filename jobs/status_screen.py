@@ -11,13 +11,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.console import console, show_table, table_of
+from jobs.console import console, show_table
 
 if TYPE_CHECKING:
     from engine.status import Status, UnitRow
 
 COLORS = {"done": "green", "running": "cyan", "stalled": "yellow", "failed": "red", "pending": "dim"}
-COLUMNS = ("unit", "state", "done", "recordings", "hours", "windows", "quarantined", "seconds", "reason")
+COLUMNS = ("unit", "state", "recordings", "quarantined", "hours", "windows", "reason")
 _ORDER = ("failed", "stalled", "running", "pending", "done")
 _HEAD_LINES = 12  # of a screen, that are no unit
 _MIN_ROWS = 5
@@ -36,7 +36,11 @@ def time_text(seconds: float | None) -> str:
 def _phase(state: "Status") -> str:
     if state.is_running:
         busy = state.counts["running"]
-        return f"running, {busy} units at work" if busy else "running: scanning, planning or finalising"
+        return (
+            f"running, {busy} unit{'s' * (busy != 1)} at work"
+            if busy
+            else "running: scanning, starting workers or finalising"
+        )
     if state.is_final:
         return f"complete, snapshot {state.digest[:16]}"
     if state.digest:
@@ -65,8 +69,8 @@ def _rows(units: Iterable["UnitRow"], limit: int) -> tuple[Sequence[Sequence[obj
     kept = units[: limit or None]
     rows = [
         (
-            *(row.unit, Text(row.state, style=COLORS[row.state]), row.done, row.recordings, row.hours, row.windows),
-            *(row.quarantined, row.seconds, row.reason),
+            *(row.unit, Text(row.state, style=COLORS[row.state]), f"{row.done}/{row.recordings}"),
+            *(row.quarantined, row.hours, row.windows, row.reason),
         )
         for row in kept
     ]
@@ -79,7 +83,7 @@ def _quarantine(state: "Status") -> str:
     reasons = Counter(item.reason for item in state.quarantine)
     words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     waived = f", {state.num_waived} of them waived" if state.num_waived else ""
-    return f"quarantine ({len(state.quarantine)}{waived}): {words}. kymo quarantine ls FOLDER tells more"
+    return f"quarantine ({len(state.quarantine)}{waived}): {words}; kymo quarantine ls tells more"
 
 
 def show(state: "Status", *, limit: int) -> None:
@@ -98,13 +102,24 @@ def show(state: "Status", *, limit: int) -> None:
 
 
 def screen(state: "Status", *, height: int) -> Group:
-    """One full screen: headline, bar, units that are not done, quarantine by reason."""
-    rows, hidden = _rows((row for row in state.units if row.state != "done"), max(_MIN_ROWS, height - _HEAD_LINES))
+    """One full screen: headline, bar, the units that somebody works on or that need an eye, quarantine by reason."""
+    eye = [row for row in state.units if row.state in {"failed", "stalled", "running"} or row.reason]
+    eye.sort(key=lambda row: _ORDER.index(row.state))
+    kept = eye[: max(_MIN_ROWS, height - _HEAD_LINES)]
+    table = Table(header_style="bold", box=None, pad_edge=False, expand=True)
+    for column in ("unit", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("recordings", "rejected", "hours"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what", ratio=1, no_wrap=True, overflow="ellipsis")
+    for row in kept:
+        cells = (f"{row.done}/{row.recordings}", str(row.quarantined or ""), f"{row.hours:,.2f}", escape(row.reason))
+        table.add_row(row.unit, Text(row.state, style=COLORS[row.state]), *cells)
     grid = Table.grid(expand=True)
     grid.add_row(ProgressBar(total=max(1e-9, state.hours_total), completed=state.hours_done))
-    more = [Text(f"… and {hidden} more units that are not done", style="dim")] if hidden else []
-    table = [table_of(COLUMNS, rows)] if rows else []
-    return Group(headline(state), grid, *table, *more, Text(_quarantine(state)))
+    hidden = len(eye) - len(kept)
+    more = [Text(f"… and {hidden} more", style="dim")] if hidden else []
+    return Group(headline(state), grid, *([table] if kept else []), *more, Text(_quarantine(state)))
 
 
 def watch(states: Iterable["Status"]) -> None:

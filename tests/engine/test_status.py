@@ -95,8 +95,10 @@ def test_a_running_unit_tells_what_it_does(pending: tuple[Path, str]) -> None:
     assert row.reason.startswith("recording 1 of 2 for 7 s: psg/")
     assert row.hours_done == pytest.approx(600 / 3600)
     assert state.is_running
-    put_beat(output, unit, recording=None)
+    put_beat(output, unit, recording=None, recordings=2)
     assert row_of(status(output), unit).reason.startswith("writing shards")
+    put_beat(output, unit, recording=None, recordings=3)
+    assert row_of(status(output), unit).reason.startswith("starting")
 
 
 def test_a_committed_unit_that_is_made_again_is_running(converted: ConvertConfig) -> None:
