@@ -20,10 +20,15 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """One corpus (shipped name or path of a YAML) and the folder or URL that holds its recordings."""
+    """One corpus (shipped name or path of a YAML) and the folder or URL that holds its recordings.
+
+    `split` is `strict` (by person and family), `published` (the corpus' official split) or the name of another
+    split of the literature in its file; published splits may put a person on two sides.
+    """
 
     corpus: str
     root: Location
+    split: str = "strict"
 
 
 class ConvertConfig(_Strict):

@@ -295,7 +295,10 @@ def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, work: Pa
 
 def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[Corpus, Path]]:
     """Corpora with their roots, hashing with `salt`; two sources of one corpus id are refused."""
-    loaded = [(load_corpus(source.corpus).model_copy(update={"salt": salt}), source.root) for source in sources]
+    loaded = [
+        (load_corpus(source.corpus).with_split(source.split).model_copy(update={"salt": salt}), source.root)
+        for source in sources
+    ]
     ids = Counter(corpus.id for corpus, _ in loaded)
     twice = [name for name, count in ids.items() if count > 1]
     if twice:

@@ -5,7 +5,7 @@ import pytest
 
 from engine.config import ConvertConfig, Source
 from engine.recording import Channel, Recording, Segment
-from engine.scan import resolve_channels, scan, scan_folder, subject_of
+from engine.scan import load_sources, resolve_channels, scan, scan_folder, subject_of
 from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError
 
@@ -86,3 +86,23 @@ def test_segments_of_a_record_are_not_listed_beside_it(shared_data: Path) -> Non
     names = [Path(row.path).name for row in rows]
     assert names == ["041s.hea", "s25047-2704-05-04-10-44.hea", "s25047-2704-05-04-10-44n.hea"]
     assert rows[0].num_bytes == 64 + 441 + 443 + 2 * 24000
+
+
+def test_a_source_may_ask_for_the_published_split(tmp_path: Path) -> None:
+    for record in ("102", "201", "202"):
+        (tmp_path / f"{record}.hea").touch()
+
+    def splits(**choice: str) -> list[str]:
+        return [row.split for row in scan([Source(corpus="mitdb", root=tmp_path, **choice)]).rows]
+
+    assert splits() == ["train", "train", "train"]
+    assert splits(split="published") == splits(split="dechazal") == ["unused", "train", "test"]
+    with pytest.raises(ConfigError, match="known: strict, dechazal"):
+        splits(split="mine")
+
+
+def test_corpora_whose_shared_persons_cannot_be_joined_are_refused(tmp_path: Path) -> None:
+    sources = [Source(corpus=name, root=tmp_path) for name in ("ptbxl", "challenge2021")]
+    with pytest.raises(ConfigError, match=r"ptbxl and challenge2021 hold recordings of the same persons"):
+        load_sources(sources)
+    assert len(load_sources([Source(corpus=name, root=tmp_path) for name in ("tueg", "tuab")])) == 2
