@@ -3,6 +3,7 @@
 import csv
 import functools
 import glob
+import posixpath
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,16 @@ def label_files(path: Path, corpus: Corpus) -> list[Path]:
     """Label files of a recording that exist, whether or not they are as expected."""
     rules = [rule for rule in corpus.annotation_rules if rule.source in FILE_SOURCES]
     return sorted({found for rule in rules for found in _matches(path, rule, corpus)})
+
+
+def names_of_labels(name: str, corpus: Corpus) -> list[str]:
+    """Globs of the label files of a recording, all relative to the corpus' root, before any file is there."""
+    found: list[str] = []
+    for rule in corpus.annotation_rules:
+        if rule.source in FILE_SOURCES:
+            path = Path(name).parent / _filled(Path(name), rule, corpus)
+            found.append(posixpath.normpath(path.as_posix()))
+    return found
 
 
 def label_row(path: Path, rule: AnnotationRule, corpus: Corpus) -> dict[str, str] | None:

@@ -1,6 +1,12 @@
 """Fixtures that every package's tests share."""
 
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,3 +20,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real recordings at {folder}")
     return folder
+
+
+@pytest.fixture
+def serve_files() -> Iterator[Callable[[dict[str, bytes]], Any]]:
+    """Function that serves files by path on loopback until the test ends; it returns a `fileserver.FileServer`."""
+    spec = importlib.util.spec_from_file_location("fileserver", Path(__file__).with_name("fileserver.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    fileserver = importlib.util.module_from_spec(spec)
+    sys.modules["fileserver"] = fileserver
+    spec.loader.exec_module(fileserver)
+    with ExitStack() as running:
+
+        def serve(files: dict[str, bytes]) -> Any:
+            server = running.enter_context(fileserver.FileServer(files))
+            running.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            return server
+
+        yield serve
