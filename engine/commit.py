@@ -1,11 +1,15 @@
 """The ledger of a conversion: one commit per unit, written last; whatever has no valid commit is pending."""
 
+import hashlib
+import io
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,9 +19,10 @@ from engine.shardwriter import SHARDS_DIR, index_name
 from engine.storage import is_remote, sizes_in, work_folder
 from manifests.config import write_atomically
 from manifests.errors import ContractError
-from manifests.shards import SAMPLE_COLUMNS, SNAPSHOT_FILE, ShardEntry
+from manifests.shards import SAMPLE_COLUMNS, SNAPSHOT_FILE, ShardEntry, index_bytes
 
 COMMITS_DIR = "commits"
+_BLOCK_BYTES = 1 << 22
 
 
 class _Strict(BaseModel):
@@ -180,17 +185,45 @@ def read_commit(output: Path, unit: str, sizes: Mapping[str, int] | None = None)
     return commit if all(_has_size(output, name, size, sizes) for name, size in wanted.items()) else None
 
 
-def pending(output: Path, units: Sequence[Unit], limits: Limits) -> list[Unit]:
+def pending(output: Path, units: Sequence[Unit], limits: Limits, *, recheck: bool = False) -> list[Unit]:
     """Units of the plan without a valid commit, in plan order.
 
-    A unit also counts as pending when it rejected a recording that higher limits or other code may let pass.
+    A unit also counts as pending when it rejected a recording that higher limits or other code may let pass, and
+    with `recheck` when its files are not those that were committed.
     """
     sizes = sizes_of(output)
-    return [unit for unit in units if _is_pending(read_commit(output, unit.id, sizes), limits)]
+    commits = [(unit, read_commit(output, unit.id, sizes)) for unit in units]
+    return [
+        unit
+        for unit, commit in commits
+        if commit is None or _may_change(commit, limits) or (recheck and not is_intact(output, commit))
+    ]
 
 
-def _is_pending(commit: Commit | None, limits: Limits) -> bool:
-    return commit is None or any(limits.may_change(item.reason, commit.limits) for item in commit.quarantine)
+def _may_change(commit: Commit, limits: Limits) -> bool:
+    return any(limits.may_change(item.reason, commit.limits) for item in commit.quarantine)
+
+
+def is_intact(output: Path, commit: Commit) -> bool:
+    """Whether the bytes of a unit are those that were committed: shards by SHA-256, rows and indexes by each other."""
+    try:
+        table = pq.read_table(io.BytesIO(samples_path(output, commit.unit).read_bytes()))
+    except (pa.ArrowException, OSError):
+        return False
+    if not table.schema.equals(sample_schema()):
+        return False
+    for shard in commit.shards:
+        rows = table.filter(pc.field("shard") == shard.path)
+        offsets = np.concatenate(([0], np.cumsum(rows.column("num_bytes").fill_null(0).to_numpy())))
+        if (output / index_name(shard.path)).read_bytes() != index_bytes(offsets.tolist()):
+            return False
+        sha = hashlib.sha256()
+        with (output / shard.path).open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                sha.update(block)
+        if sha.hexdigest() != shard.sha256:
+            return False
+    return True
 
 
 def remove_leftovers(output: Path, units: Sequence[Unit], *, work: Path | None = None) -> list[Path]:

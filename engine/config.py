@@ -51,6 +51,7 @@ class ConvertConfig(_Strict):
             without the secret; without it they are hashes that hide names from reading only, and that agree
             between labs: corpora that share persons then keep each person in one split. It stands in no output;
             another secret converts everything again.
+        recheck: Read every committed shard again before the work begins, and convert the units of damaged ones again.
         scratch: Folder on a local disk for spool files and copies of inputs from a store; null = `work` in a local
             output, the system's temporary folder for an output on a store. Each actor needs room for the output of
             one unit, one shard and the largest recording.
@@ -67,6 +68,7 @@ class ConvertConfig(_Strict):
     quarantine_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     seed: int = 0
     salt_file: Path | None = None
+    recheck: bool = False
     scratch: Path | None = None
 
     @field_validator("sources")

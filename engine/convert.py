@@ -299,7 +299,7 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
     """
     with writable(config.output), locked(config.output) as check_lock:
         _, units = prepare(config)
-        todo = pending(config.output, units, limits_of(config))
+        todo = pending(config.output, units, limits_of(config), recheck=config.recheck)
         meter = Progress(config.output, units, todo)
         context = Context.of(config)
         with context.sandbox() as sandbox:

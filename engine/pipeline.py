@@ -151,7 +151,7 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
     """
     with writable(config.output), locked(config.output) as check_lock:
         _, units = prepare(config)
-        todo = pending(config.output, units, limits_of(config))
+        todo = pending(config.output, units, limits_of(config), recheck=config.recheck)
         if todo:
             with _ray(config.num_cpus), _quiet(), _watched(Progress(config.output, units, todo), progress):
                 _convert_units(config, todo)

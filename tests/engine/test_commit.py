@@ -47,7 +47,9 @@ def committed(output: Path, reason: str = "") -> Commit:
         limits=LIMITS,
         seconds=1.0,
     )
-    write_commit(output, commit, [{"key": place.key, "shard": place.shard} for place in placed])
+    write_commit(
+        output, commit, [{"key": place.key, "shard": place.shard, "num_bytes": place.num_bytes} for place in placed]
+    )
     return commit
 
 
@@ -87,6 +89,18 @@ def test_what_higher_limits_may_let_pass_is_tried_again(
 ) -> None:
     committed(tmp_path, reason)
     assert bool(pending(tmp_path, [UNIT], limits)) is again
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx", ".parquet"])
+def test_damage_that_keeps_the_size_is_found_by_a_recheck(tmp_path: Path, suffix: str) -> None:
+    committed(tmp_path)
+    assert pending(tmp_path, [UNIT], LIMITS, recheck=True) == []
+    path = sorted(path for path in tmp_path.rglob(f"*{suffix}"))[0]
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    assert pending(tmp_path, [UNIT], LIMITS) == []
+    assert pending(tmp_path, [UNIT], LIMITS, recheck=True) == [UNIT]
 
 
 def test_leftovers_go_and_what_is_committed_stays(tmp_path: Path) -> None:
