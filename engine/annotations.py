@@ -170,11 +170,11 @@ def _from_file(recording: Recording, path: Path, rule: AnnotationRule) -> Sequen
 
 def _mapped(raw: Sequence[Annotation], rule: AnnotationRule, *, end: Fraction) -> list[Annotation]:
     """Labels in canonical words and time order; those that state no duration get the one of the rule."""
-    ordered = sorted(raw, key=lambda annotation: annotation.onset)
+    ordered = sorted((label for label in raw if rule.lists(label.text)), key=lambda label: label.onset)
+    onsets = [label.onset for label in ordered]  # a text that is left out ends the one before it all the same
     found = [replace(label, text=text) for label in ordered if (text := rule.canonical(label.text)) is not None]
     if rule.lasts == "next":
-        onsets = [label.onset for label in found]
-        stops = [onsets[i] if (i := bisect_right(onsets, onset)) < len(onsets) else end for onset in onsets]
+        stops = [onsets[i] if (i := bisect_right(onsets, label.onset)) < len(onsets) else end for label in found]
     else:
         epoch_s = rule.epoch_s if rule.target == "stage" else 0
         stops = [label.onset + epoch_s for label in found]

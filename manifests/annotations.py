@@ -138,7 +138,7 @@ class AnnotationRule(_Strict):
             that begins so; an exact key goes first. Texts that are not listed are counted.
         epoch_s: Length in seconds of an epoch of the scoring.
         lasts: How long a label lasts that states no duration: `epoch` (a stage; an event is an instant), or `next`
-            (up to the next label of the map, the last one to the end of the recording).
+            (up to the next text that the map lists, be it to leave it out; the last to the end of the recording).
         target: `stage` (canonical stages), `classes` (labels of the whole recording), `events` (intervals; a
             window is labelled with the class of the event that covers its start).
         required: False = a recording that has no label file, or no row, is converted without labels.

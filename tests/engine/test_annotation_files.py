@@ -156,3 +156,12 @@ def test_an_interval_that_is_never_closed_lasts_to_the_end(tmp_path: Path) -> No
     path = write_arousal(tmp_path, notes)
     found = wfdb_file(recording(path, 100), path.with_suffix(".arousal"))
     assert sorted(spans(found)) == [(10, 10, "arousal_rera"), (50, 50, "arousal_rera"), (60, 0, "snore)")]
+
+
+def test_a_chb_mit_seizure_lasts_to_its_closing_bracket(tmp_path: Path) -> None:
+    samples = np.array([200 * second for second in (10, 25, 60, 70)])
+    wfdb.wrann("a.edf", "seizures", samples, symbol=["[", "]", "[", "]"], write_dir=str(tmp_path))
+    rule = {"source": "wfdb", "pattern": "{stem}.edf.seizures", "lasts": "next", "target": "events", "required": False}
+    found = read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "map": {"[": "seizure", "]": None}}))
+    assert spans(found.events) == [(10, 15, "seizure"), (60, 10, "seizure")]
+    assert read_labels(recording(tmp_path / "b.edf"), corpus(rule)).missing == ("wfdb",)
