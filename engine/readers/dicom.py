@@ -3,7 +3,9 @@
 Source: DICOM PS3.3 C.10.9 "Waveform Module".
 """
 
+import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from pydicom import dcmread
+from pydicom.config import IGNORE, settings
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
@@ -22,6 +25,10 @@ from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
 
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, OSError, EOFError, AttributeError, NotImplementedError)
+# Warnings about values would print them, names among them.
+settings.reading_validation_mode = IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
 _WAVEFORM_SEQUENCE = 0x54000100
 _DTYPES = {"SB": "i1", "UB": "u1", "SS": "i2", "US": "u2", "SL": "i4", "UL": "u4", "SV": "i8", "UV": "u8"}
 _UNITS = {"mm[Hg]": "mmHg"}  # spellings of UCUM codes that differ from ours
@@ -112,6 +119,12 @@ def _decoded(group: _Group, row: int) -> np.ndarray:
 
 def _groups(path: Path, rules: DicomLayout) -> list[_Group]:
     """The multiplex groups that the layout asks for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _read_groups(path, rules)
+
+
+def _read_groups(path: Path, rules: DicomLayout) -> list[_Group]:
     try:
         # Deflated files inflate as a whole, at whatever ratio: none is opened.
         syntax = read_file_meta_info(path).get("TransferSyntaxUID", "")
@@ -120,10 +133,9 @@ def _groups(path: Path, rules: DicomLayout) -> list[_Group]:
         dataset = dcmread(path, specific_tags=[_WAVEFORM_SEQUENCE])
         order = ">" if syntax == ExplicitVRBigEndian else "<"
         items = list(dataset.get("WaveformSequence") or [])
-    except InvalidDicomError as error:
-        raise RecordingError("NOT_A_RECORDING", f"{path}: no DICOM file: {error}") from error
-    except _LIBRARY_ERRORS as error:
-        raise RecordingError("NOT_A_RECORDING", f"{path}: {type(error).__name__}: {error}"[:300]) from error
+    except (InvalidDicomError, *_LIBRARY_ERRORS) as error:
+        # Never the error's text: pydicom puts what it stumbles over into it, which may be a name.
+        raise RecordingError("NOT_A_RECORDING", f"{path}: no readable DICOM file ({type(error).__name__})") from None
     wanted = rules.groups or [
         number for number, item in enumerate(items) if item.get("WaveformOriginality", "ORIGINAL") != "DERIVED"
     ]
@@ -132,7 +144,7 @@ def _groups(path: Path, rules: DicomLayout) -> list[_Group]:
     try:
         return [_group(items[number], order, path) for number in wanted]
     except _LIBRARY_ERRORS as error:
-        raise RecordingError("HEADER_INVALID", f"{path}: {type(error).__name__}: {error}"[:300]) from error
+        raise RecordingError("HEADER_INVALID", f"{path}: waveform not as PS3.3 asks ({type(error).__name__})") from None
 
 
 def _group(item: Any, order: str, path: Path) -> _Group:

@@ -7,6 +7,7 @@ what all streams cover is kept; each segment begins with the sample of each stre
 half a sample off.
 """
 
+import logging
 import math
 import re
 import struct
@@ -28,6 +29,7 @@ from engine.recording import Annotation, Channel, Recording, Segment
 from manifests.errors import RecordingError
 
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError, struct.error, ParseError)
+logging.getLogger("pyxdf").setLevel(logging.CRITICAL)  # what it left out is counted and told here
 _HEADER_CHUNK, _SAMPLES_CHUNK = 2, 3
 _WIDTHS = {b"int8": 1, b"int16": 2, b"int32": 4, b"float32": 4, b"int64": 8, b"double64": 8}
 _BREAK_SAMPLES = 3  # a pause is longer than this many samples as well, for streams of a few Hz
@@ -132,7 +134,6 @@ def _load(path: Path, rules: XdfLayout) -> tuple[list[dict[str, Any]], list[str]
             path,
             jitter_break_threshold_seconds=rules.gap_s,
             jitter_break_threshold_samples=_BREAK_SAMPLES,
-            verbose=False,
         )
     except _LIBRARY_ERRORS as error:
         raise RecordingError("SIGNAL_INVALID", f"{path}: {type(error).__name__}: {error}"[:300]) from error
