@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.label_files import label_cells, label_files
 from engine.read import READERS
+from engine.readers.magic import is_mff
 from engine.recording import MEMBER_MARK, split_member
 from engine.storage import glob_matches, is_remote, names_under, read_ranges
 from manifests.corpora import Corpus
@@ -26,7 +27,7 @@ def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
         return [recording for path in _objects(corpus, root) for recording in _listed(path, corpus)]
     if not root.is_dir():
         raise ConfigError(f"{corpus.id}: root {root} is no folder; give the folder that holds its recordings")
-    found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file()}
+    found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file() or is_mff(path)}
     found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
     return [recording for path in sorted(found) for recording in _listed(path, corpus)]
 
@@ -37,8 +38,14 @@ def _listed(path: Path, corpus: Corpus) -> list[Path]:
     if list_members is None:
         return [path]
     try:
-        names = list_members(path, corpus.layout)
+        # A layout of one recording a file tells so without opening it; on a store nothing could be opened.
+        names = list_members(Path(path.name) if is_remote(path) else path, corpus.layout)
     except (RecordingError, OSError):
+        if is_remote(path):
+            raise ConfigError(
+                f"{path}: holds several recordings, which cannot be read from a store one by one; copy the corpus to "
+                "a disk (aws s3 sync, kymo fetch) and give that folder as root"
+            ) from None
         return [path]
     return [path.with_name(f"{path.name}{MEMBER_MARK}{name}") for name in names] or [path]
 

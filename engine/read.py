@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.readers.magic import MAGIC_BYTES, SIGNATURES
+from engine.readers.magic import MAGIC_BYTES, SIGNATURES, is_mff
 from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
@@ -42,6 +42,13 @@ _MODULES = {
     "dicom": "dicom",
     "brainvision": "brainvision",
     "fif": "fif",
+    "eeglab": "eeglab",
+    "gdf": "gdf",
+    "egi": "egi",
+    "cnt": "neuroscan",
+    "ant": "ant",
+    "nihon": "nihon",
+    "persyst": "persyst",
 }
 
 
@@ -69,7 +76,9 @@ READERS = _Readers()
 
 
 def sniff(path: Path) -> str | None:
-    """Reader for a file by its content, None where none knows it; declared layouts are never guessed."""
+    """Reader for a file or folder by its content, None where none knows it; declared layouts are never guessed."""
+    if path.is_dir():
+        return "egi" if is_mff(path) else None
     with path.open("rb") as stream:
         start = stream.read(MAGIC_BYTES)
     return next((name for name, is_its in SIGNATURES if is_its(path, start)), None)

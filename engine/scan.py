@@ -335,8 +335,10 @@ def scan(sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b
 
 def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
     """Files that a reader recognises, without those that another one consists of (segments of a WFDB record)."""
-    paths = sorted(root.rglob("*")) if root.is_dir() else [root]
-    found = {path: reader for path in paths if path.is_file() and (reader := sniff(path)) is not None}
+    paths = sorted(root.rglob("*")) if sniff(root) is None and root.is_dir() else [root]
+    found = {
+        path: reader for path in paths if (path.is_file() or path.is_dir()) and (reader := sniff(path)) is not None
+    }
     parts = {path: set(companions(path, reader)) - {path} for path, reader in found.items()}
     inside = {part for path, named in parts.items() for part in named if path not in parts.get(part, ())}
     yield from ((path, reader) for path, reader in found.items() if path not in inside)

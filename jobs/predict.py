@@ -47,8 +47,8 @@ def stranger(
         ConfigError: No such file, or an option that is not label=value.
         RecordingError: No reader knows the file's content.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give an EDF, EDF+ or BDF file, or the .hea of a WFDB record")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; give a recording, e.g. an EDF file or the .hea of a WFDB record")
     reader = sniff(path)
     if reader is None:
         raise RecordingError("NOT_A_RECORDING", f"{path}: no reader knows its content; convert it to EDF first")

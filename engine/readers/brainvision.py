@@ -18,13 +18,13 @@ import mne
 import numpy as np
 
 from engine.readers.frames import whole_frames
+from engine.readers.magic import is_brainvision
 from engine.readers.mne_raw import annotation, prefilter_of, read_blocks, reading, refuse_pointer, unit_of
 from engine.readers.timeline import Timeline, timeline
 from engine.recording import Annotation, Channel, Recording
 from manifests.errors import RecordingError
 
 _SAMPLE_BYTES = {"INT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
-_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*Brain ?Vision(?: Core| V-Amp)? Data")
 _MARKER = re.compile(
     r"^Mk\d+=([^,\r\n]*),([^,\r\n]*),([^,\r\n]*),([^,\r\n]*)(?:,[^,\r\n]*)?(?:,(\d{20}))?", re.MULTILINE
 )
@@ -33,11 +33,6 @@ _MAX_HEADER_BYTES = 16 << 20
 _SCALED = {"µS": "S", "uS": "S"}  # units that MNE turns into their base unit and does not mark
 
 _Sections = dict[str, dict[str, str]]
-
-
-def is_header(start: bytes) -> bool:
-    """Whether a file begins as a BrainVision header does."""
-    return _FIRST_LINE.match(start) is not None and b"Header" in start[:100]
 
 
 def companions(path: Path) -> list[Path]:
@@ -111,7 +106,7 @@ def _header_text(path: Path) -> str:
     with path.open("rb") as stream:
         data = stream.read(_MAX_HEADER_BYTES + 1)
     refuse_pointer(path, data)
-    if not is_header(data) or len(data) > _MAX_HEADER_BYTES:
+    if not is_brainvision(data) or len(data) > _MAX_HEADER_BYTES:
         raise RecordingError("NOT_A_RECORDING", f"{path}: {len(data)} bytes that are no BrainVision header (.vhdr)")
     return _decoded(data)
 

@@ -5,7 +5,6 @@ Values come in SI units (V, T, T/m), as FIF keeps them. Stretches that were not 
 """
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import mne
 import numpy as np
 
+from engine.readers.magic import FIF_MAGIC, FIF_SPLIT_NAME, is_later_fif
 from engine.readers.mne_raw import (
     annotation,
     prefilter_of,
@@ -27,12 +27,8 @@ from engine.readers.timeline import FLOAT32_TOLERANCE, Timeline, exact_rate, tim
 from engine.recording import Annotation, Channel, Recording, Segment
 from manifests.errors import RecordingError
 
-# The first tag of every FIF file: kind 100 (file id), type 31 (id), 20 bytes.
-MAGIC = b"\x00\x00\x00\x64\x00\x00\x00\x1f\x00\x00\x00\x14"
 _SKIP = "BAD_ACQ_SKIP"
 _JOINS = frozenset({"BAD boundary", "EDGE boundary"})
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)_split-(?P<number>\d+)(?P<rest>_\w+\.fif(?:\.gz)?)")
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d+)(?P<rest>\.fif(?:\.gz)?)")
 _TAG_BYTES = 16
 _EPOCH_BYTES = 32 << 20
 _NO_RAW = "No raw data"
@@ -48,18 +44,8 @@ def companions(path: Path) -> list[Path]:
     return found
 
 
-def is_later_part(path: Path) -> bool:
-    """Whether a file continues another one that lies beside it."""
-    split = _SPLIT_NAME.fullmatch(path.name)
-    if split and int(split["number"]) > 1:
-        first = f"{split['stem']}_split-{1:0{len(split['number'])}d}{split['rest']}"
-        return (path.parent / first).is_file()
-    part = _PART_NAME.fullmatch(path.name)
-    return part is not None and int(part["number"]) > 0 and (path.parent / f"{part['stem']}{part['rest']}").is_file()
-
-
 def _later_names(name: str) -> Iterator[str]:
-    split = _SPLIT_NAME.fullmatch(name)
+    split = FIF_SPLIT_NAME.fullmatch(name)
     stem, _, suffix = name.partition(".fif")
     for number in range(1, 1000):
         if split:
@@ -80,9 +66,9 @@ def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
     with path.open("rb") as stream:
         start = stream.read(64)
     refuse_pointer(path, start)
-    if not start.startswith((MAGIC, b"\x1f\x8b")):
+    if not start.startswith((FIF_MAGIC, b"\x1f\x8b")):
         raise RecordingError("NOT_A_RECORDING", f"{path}: does not begin as a FIF file does")
-    if is_later_part(path):
+    if is_later_fif(path):
         raise RecordingError("NOT_A_RECORDING", f"{path}: a later part of a split recording; read its first part")
     repairs: list[str] = []
     raw = _open_raw(path, repairs)

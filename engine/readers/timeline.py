@@ -34,9 +34,9 @@ def exact_rate(rate_hz: float, tolerance: float = FLOAT64_TOLERANCE) -> Fraction
     return exact
 
 
-def to_micro(seconds: float) -> Fraction:
-    """A time in seconds that was stored as a floating-point number, to the microsecond."""
-    return Fraction(round(seconds * _MICRO), _MICRO)
+def to_micro(value: float) -> Fraction:
+    """A floating-point time to six digits behind the point."""
+    return Fraction(round(value * _MICRO), _MICRO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
