@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -207,7 +208,7 @@ def test_what_a_store_holds_is_checked_after_upload(
     upload(tmp_path / "a", folder / "a")
     download(folder / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == bytes(100)
-    monkeypatch.setattr(folder.fs, "size", lambda _: 99)
+    monkeypatch.setattr(cast("UPath", folder).fs, "size", lambda _: 99)
     with pytest.raises(ConfigError, match="99 of 100 bytes arrived"):
         upload(tmp_path / "a", folder / "a")
 
@@ -288,17 +289,18 @@ def test_a_wrong_bucket_missing_credentials_and_a_dead_server_say_what_to_do(
     monkeypatch.setattr(storage, "_OPTIONS", {"use_listings_cache": False, "skip_instance_cache": True})
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("HOME", str(tiny_config.output))
-    with pytest.raises(ConfigError, match="no credentials .*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ConfigError, match=r"no credentials .*AWS_ACCESS_KEY_ID"):
         convert_all(on_store(tiny_config, location(f"{server}/x")))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     dead = location(f"{server}/x")
-    monkeypatch.setattr(type(dead.fs), "retries", 1)
-    with pytest.raises(ConfigError, match="the store does not answer .*AWS_ENDPOINT_URL"):
+    monkeypatch.setattr(type(cast("UPath", dead).fs), "retries", 1)
+    with pytest.raises(ConfigError, match=r"the store does not answer .*AWS_ENDPOINT_URL"):
         convert_all(on_store(tiny_config, dead))
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_and_a_rerun_give_the_same_digest(
     converted: ConvertConfig, folder: Path, raw: Path, tmp_path: Path
 ) -> None:
@@ -340,3 +342,9 @@ def test_ray_workers_convert_from_store_to_store(
     assert load_snapshot(config.output).digest == load_snapshot(converted.output).digest
     assert verify(config.output, deep=True).is_sound
     assert not list((tmp_path / "s").glob("*/*"))
+
+
+def test_a_file_of_several_recordings_is_not_read_from_a_store(raw: Path, folder: Path) -> None:
+    (folder / "code15/exams_part0.hdf5").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="copy the corpus to a disk"):
+        corpus_files(load_corpus("code15").model_copy(update={"files": ["**/*.hdf5"]}), folder)
