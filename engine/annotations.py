@@ -18,6 +18,7 @@ from engine.scoring import Scoring, score
 from manifests.annotations import AnnotationRule
 from manifests.corpora import Corpus
 from manifests.errors import RecordingError
+from manifests.subjects import path_groups
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +137,14 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
 def _raw(recording: Recording, corpus: Corpus, rule: AnnotationRule) -> Sequence[Annotation] | None:
     """Labels as the source states them; None where there are none and none are required."""
     match rule.source:
-        case "none":
-            return ()
-        case "edf" | "in_file":
-            return recording.annotations
+        case "none" | "edf" | "in_file":
+            return () if rule.source == "none" else recording.annotations
         case "header_dx":
             return _header_codes(recording, rule)
         case "filename":
             return _path_label(recording, rule)
+        case "intervals":
+            return _declared(recording, corpus, rule)
         case "table_file":
             row = label_row(recording.path, rule, corpus)
             return None if row is None else [_whole(recording, text) for text in _row_labels(row, recording, rule)]
@@ -203,6 +204,20 @@ def _header_codes(recording: Recording, rule: AnnotationRule) -> Sequence[Annota
         raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: no comment '#Dx:' in the header")
     codes = [code.strip() for code in recording.extra["Dx"].split(",")]
     return [_whole(recording, code) for code in dict.fromkeys(codes) if code]
+
+
+def _declared(recording: Recording, corpus: Corpus, rule: AnnotationRule) -> Sequence[Annotation] | None:
+    """Intervals that the corpus file itself lists for the session of the path."""
+    groups = path_groups(corpus.subject, recording.path.as_posix(), where=f"{corpus.id}.yaml")
+    session = groups.get("session", "")
+    if session not in rule.intervals and rule.required:
+        raise RecordingError(
+            "ANNOTATION_INVALID", f"{recording.path}: {corpus.id}.yaml lists no intervals for session {session!r}"
+        )
+    return [
+        Annotation(onset=Fraction(str(onset)), duration=Fraction(str(end)) - Fraction(str(onset)), text=text)
+        for onset, end, text in rule.intervals.get(session, [])
+    ]
 
 
 def _path_label(recording: Recording, rule: AnnotationRule) -> Sequence[Annotation] | None:

@@ -21,6 +21,7 @@ SourceName = Literal[
     "table",
     "bids_events",
     "table_file",
+    "intervals",
 ]
 FILE_SOURCES = ("edf_file", "wfdb", "text_codes", "nsrr_xml", "table", "bids_events")
 """Sources that are a file of their own beside the recording."""
@@ -129,7 +130,8 @@ class AnnotationRule(_Strict):
             EDF+ file); `wfdb` (an annotation file); `header_dx` (the `Dx` comment of a WFDB header); `text_codes`
             (one code per epoch); `filename` (a named group `label` in `pattern`); `nsrr_xml` (an XML scoring of
             Compumedics Profusion or of NSRR); `table` (a delimited text file); `bids_events` (`*_events.tsv`);
-            `table_file` (one row per recording in a table of the corpus).
+            `table_file` (one row per recording in a table of the corpus); `intervals` (they stand in the corpus file,
+            because no file of the corpus has them).
         pattern: For sources that are a file: its path or glob relative to the recording's folder, `{stem}` for the
             recording's stem, `{subject}`, `{session}` and `{run}` for the groups of `subject.pattern` as the path
             writes them. `bids_events` finds its file by the BIDS name where there is no pattern. For `filename`: a
@@ -144,6 +146,7 @@ class AnnotationRule(_Strict):
         required: False = a recording that has no label file, or no row, is converted without labels.
         table: Columns of source `table`.
         labels: Table of source `table_file`.
+        intervals: For source `intervals`: (onset, end, text) in seconds, by the session of the path.
     """
 
     source: SourceName = "none"
@@ -155,6 +158,7 @@ class AnnotationRule(_Strict):
     required: bool = True
     table: TableRule | None = None
     labels: LabelTable | None = None
+    intervals: dict[str, list[tuple[float, float, str]]] = {}
 
     @model_validator(mode="after")
     def _is_complete(self) -> "AnnotationRule":
@@ -165,6 +169,10 @@ class AnnotationRule(_Strict):
         for name, source, block in (("table", "table", self.table), ("labels", "table_file", self.labels)):
             if (self.source == source) != (block is not None):
                 raise ValueError(f"block {name!r} and source {source!r} go together; source is {self.source!r}")
+        if (self.source == "intervals") != bool(self.intervals):
+            raise ValueError(f"block 'intervals' and source 'intervals' go together; source is {self.source!r}")
+        if any(end <= onset for listed in self.intervals.values() for onset, end, _ in listed):
+            raise ValueError("intervals: an end does not lie behind its onset")
         if self.source == "table_file" and self.target == "events":
             raise ValueError("source 'table_file' has labels of whole recordings; target 'events' needs their times")
         if self.target == "stage":
