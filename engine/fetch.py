@@ -35,6 +35,7 @@ _MAX_COMPLETE = 2  # downloads of all bytes of a file whose checksum is wrong, t
 _PASSING = (408, 425, 429)  # answers 4xx that pass
 _SPARE_BYTES = 256 << 20  # left free for everybody else
 _FOR_EVERYONE = ("LICENSE*", "README*", "RECORDS*", "ANNOTATORS*", "SUBJECT*", "SHA256SUMS*")
+_SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^'\")]+)")
 _SUM = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(\S.*)")
 
 Progress = Callable[[int], None]
@@ -145,7 +146,8 @@ def fetch(
     """
     rule = corpus.fetch
     if rule is None:
-        raise ConfigError(f"{corpus.id}: not for download ({corpus.access_kind}): {corpus.access}")
+        how = f"{corpus.access}; see {corpus.homepage}" if corpus.homepage not in corpus.access else corpus.access
+        raise ConfigError(f"{corpus.id}: kymo does not download it ({corpus.access_kind}). To get it: {how}")
     url = base_url or rule.base_url
     url = url if url.endswith("/") else f"{url}/"
     staging = to / STAGING
@@ -347,4 +349,7 @@ def _reason(error: Exception) -> str:
     response = error.response if isinstance(error, requests.RequestException) else None
     if response is not None:
         return f"the server answers {response.status_code} {response.reason}"
-    return str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {error}"
+    text = str(error)
+    if isinstance(error, requests.ConnectionError) and (system := _SYSTEM_ERROR.search(text)):
+        return f"no connection: {system[1]}"
+    return text if isinstance(error, _RefusedError) else f"{type(error).__name__}: {text}"

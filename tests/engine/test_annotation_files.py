@@ -160,7 +160,8 @@ def test_an_interval_that_is_never_closed_lasts_to_the_end(tmp_path: Path) -> No
 
 def test_a_chb_mit_seizure_lasts_to_its_closing_bracket(tmp_path: Path) -> None:
     samples = np.array([200 * second for second in (10, 25, 60, 70)])
-    wfdb.wrann("a.edf", "seizures", samples, symbol=["[", "]", "[", "]"], write_dir=str(tmp_path))
+    wfdb.wrann("a", "seizures", samples, symbol=["[", "]", "[", "]"], write_dir=str(tmp_path))
+    (tmp_path / "a.seizures").rename(tmp_path / "a.edf.seizures")
     rule = {"source": "wfdb", "pattern": "{stem}.edf.seizures", "lasts": "next", "target": "events", "required": False}
     found = read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "map": {"[": "seizure", "]": None}}))
     assert spans(found.events) == [(10, 15, "seizure"), (60, 10, "seizure")]

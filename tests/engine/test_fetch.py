@@ -180,7 +180,7 @@ def test_no_room_is_told_before_a_file_is_written(server: Any, tmp_path: Path, m
 
 
 def test_only_open_corpora_are_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"shhs1: not for download \(agreement\): "):
+    with pytest.raises(ConfigError, match=r"shhs1: kymo does not download it \(agreement\)\. To get it: .*sleepdata"):
         fetch(load_corpus("shhs1"), tmp_path / "shhs1")
     assert not (tmp_path / "shhs1").exists()
 
@@ -259,7 +259,9 @@ def test_files_with_md5_sums_of_a_corpus_file(server: Any, tmp_path: Path) -> No
 
 
 def test_an_unreachable_server_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"SHA256SUMS\.txt: ConnectionError.*reachable"):
+    with pytest.raises(
+        ConfigError, match=r"SHA256SUMS\.txt: no connection: Connection refused; is the server reachable"
+    ):
         fetch(CORPUS, tmp_path)
 
 
