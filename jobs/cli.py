@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from jobs import adapter_verbs, data_verbs, machine_verbs, snapshot_verbs, trainer_verbs
+from jobs import adapter_verbs, corpus_verbs, data_verbs, machine_verbs, snapshot_verbs, trainer_verbs
 from jobs.console import console, set_up_logging
 from manifests.errors import ConfigError, ContractError, RecordingError
 
@@ -32,6 +32,8 @@ def options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log eve
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 DATA, TRAINING, ADAPTERS, MACHINE = "Data", "Pretraining", "Adapters", "Machine"
 for panel, verb in (
+    (DATA, corpus_verbs.corpora),
+    (DATA, corpus_verbs.fetch),
     (DATA, data_verbs.scan),
     (DATA, data_verbs.plan),
     (DATA, data_verbs.convert),

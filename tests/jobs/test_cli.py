@@ -15,7 +15,7 @@ from jobs import cli
 from manifests.config import dump_yaml
 
 VERBS = [
-    *("scan", "plan", "convert", "status", "verify", "report", "preview"),
+    *("corpora", "fetch", "scan", "plan", "convert", "status", "verify", "report", "preview"),
     *("diff", "repack", "quarantine"),
     *("pretrain", "evaluate", "adapt", "predict", "publish", "submit", "doctor", "demo"),
 ]
