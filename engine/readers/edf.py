@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from engine.readers.edf_header import GZIP_MAGIC, Header, Signal, parse_header
-from engine.readers.edf_tals import Record, annotations_of, origin_of, parse_record, segments_of
+from engine.readers.edf_tals import Record, annotations_of, origin_of, parse_record, refuse_unreadable, segments_of
 from engine.readers.text import parse_layout
 from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
@@ -73,6 +73,7 @@ def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
         num_records = _whole_records(header, size)
         if header.annotation_signals:
             records = [parse_record(raw) for raw in _annotation_bytes(stream, header, num_records)]
+        refuse_unreadable(records, header.kind, str(path), repairs)
         num_records = _settle_size(header, stream, size, path=path, records=records, repairs=repairs)
     records = records[:num_records]
     channels = _channels(header, num_records, repairs)

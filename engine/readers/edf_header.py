@@ -159,6 +159,10 @@ def is_edf(start: bytes) -> bool:
             start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _FILE_BYTES)
         except zlib.error:
             return False
+    return _is_magic(start)
+
+
+def _is_magic(start: bytes) -> bool:
     return start[:8].strip(b" \0") == b"0" or (start[:1] == b"\xff" and start[1:8].upper() == b"BIOSEMI")
 
 
@@ -169,7 +173,7 @@ def shown(text: str) -> str:
 
 def _sample_bytes(fixed: bytes, where: str) -> int:
     """2 for EDF, 3 for BDF, by the first eight bytes; the suffix of a file is not asked."""
-    if not is_edf(fixed):
+    if not _is_magic(fixed):
         what = "a git-lfs pointer; fetch the file itself" if b"git-lfs" in fixed else f"begins with {fixed[:8]!r}"
         raise RecordingError(
             "NOT_A_RECORDING", f"{where}: {what}; EDF begins with '0' and blanks, BDF with 0xFF BIOSEMI"

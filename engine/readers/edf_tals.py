@@ -23,26 +23,45 @@ _DRIFT_S = 0.1  # of record times against the sampling rate, above which it is w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Annotations of one data record; onset is the text of its timekeeping TAL, None without one."""
+    """Annotations of one data record; onset is the text of its timekeeping TAL, None without one.
+
+    `num_unread` counts the pieces of its annotation signals that are no list.
+    """
 
     onset: bytes | None
     annotations: tuple[tuple[bytes, bytes, bytes], ...]
+    num_unread: int = 0
 
 
 def parse_record(parts: Iterable[bytes]) -> Record:
-    """Lists of one record from the bytes of its annotation signals; what is no list is passed over."""
+    """Lists of one record from the bytes of its annotation signals; what is no list is passed over and counted."""
     onset: bytes | None = None
+    num_unread = 0
     found: list[tuple[bytes, bytes, bytes]] = []
     for position, raw in enumerate(parts):
         for place, tal in enumerate(raw.rstrip(b"\0").split(b"\0")):
             stamp, *texts = tal.split(b"\x14")
             start, _, duration = stamp.partition(b"\x15")
             if not texts or not _ONSET.fullmatch(start):
+                num_unread += bool(tal)
                 continue
             if position == 0 and place == 0 and not texts[0]:
                 onset = start
             found.extend((start, duration, text) for text in texts if text)
-    return Record(onset=onset, annotations=tuple(found))
+    return Record(onset=onset, annotations=tuple(found), num_unread=num_unread)
+
+
+def refuse_unreadable(records: Sequence[Record], kind: str, where: str, repairs: list[str]) -> None:
+    """Raise `HEADER_INVALID` if those of an EDF+ hold bytes but not a single list; note where some are none."""
+    unread = sum(record.num_unread for record in records)
+    if unread and kind.endswith(("C", "D")) and not any(record.onset or record.annotations for record in records):
+        raise RecordingError(
+            "HEADER_INVALID",
+            f"{where}: the annotation signals hold no list at all but other bytes: bytes were lost, added or swapped; "
+            "get a sound copy",
+        )
+    if unread:
+        repairs.append(f"{unread} pieces of annotation signals are no lists: left out")
 
 
 def origin_of(records: Sequence[Record], duration: Fraction) -> Fraction:

@@ -41,6 +41,7 @@ _BITS = {"16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, 
 _BITS |= {"508": 8, "516": 16, "524": 24}
 _BLOCK_FRAMES = 12 << 16  # a multiple of the 2 or 3 samples that formats 212, 310 and 311 pack together
 _MAX_HEADER_BYTES = 16 << 20  # headers are text of some kilobytes; a day in a thousand segments has 100
+_FLAC_SAMPLES_PER_BYTE = 6000  # of one channel: a frame of 65,535 equal samples takes a dozen bytes
 _MAX_RATE_HZ, _MAX_GAIN = 10**8, 1e30
 _COMMENT = re.compile(r"\s*([A-Za-z]\w{0,30})\s*:\s*(.*)")
 _RECORD_NAME = re.compile(r"([-\w]+)(\.\w+)(?=[ \t])")
@@ -48,7 +49,7 @@ _MULTI = re.compile(r"[-\w]+/\d+")
 _GAIN = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # wfdb's records are `Any` below: it declares every attribute as optional.
 # What wfdb raises on a file that breaks the format; its own HeaderSyntaxError is a ValueError.
-_WFDB_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
+_WFDB_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, NameError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +350,8 @@ def _part(
         raise RecordingError("HEADER_INVALID", f"{path}: {length} frames of a segment that has {num_frames}")
     lines = [line.split() for line in _lines(_header_text(Path(f"{name}.hea")))]
     gains = [line[2] if len(line) > 2 else None for line in lines[1:]]
+    if any(gain is not None and not _GAIN.match(gain) for gain in gains):
+        raise RecordingError("HEADER_INVALID", f"{path}: a gain that begins with no number")
     return _Part(name=name, record=record, gains=gains, first=first, num_frames=num_frames, rows=rows)
 
 
@@ -450,6 +453,10 @@ def _frames_in(signal_path: Path, record: Any, signals: Sequence[int], path: Pat
     if start[:4] != b"fLaC" or len(start) < 26:
         raise RecordingError("SIGNAL_INVALID", f"{path}: signal file {signal_path.name} is no FLAC file")
     total = int.from_bytes(start[18:26], "big") & ((1 << 36) - 1)  # samples by the STREAMINFO block
+    if total > _FLAC_SAMPLES_PER_BYTE * signal_path.stat().st_size:
+        raise RecordingError(
+            "SIGNAL_INVALID", f"{path}: {signal_path.name} claims {total} samples, more than its bytes can hold"
+        )
     return max(0, total - offset) // counts[0]
 
 
