@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.heartbeat import BEAT_SUFFIX, PROGRESS_DIR, read_progress
+from engine.history import forget
 from engine.plan import PLAN_FILE, Unit
 from engine.shardwriter import SHARDS_DIR, index_name
 from engine.storage import is_remote, sizes_in, work_folder
@@ -230,7 +231,7 @@ def remove_leftovers(output: Path, units: Sequence[Unit], *, work: Path | None =
     """Remove what no valid commit of the plan stands for, and return it.
 
     That is temporary files, half-written shards, heartbeats, spool files (in `work`, see `storage.work_folder`) and
-    whatever superseded units have left. A snapshot that names a superseded unit goes first: it is no longer true.
+    whatever superseded units have left. Snapshots that name what goes are removed first: they are no longer true.
     """
     superseded = {
         name[7:-5] for name in sizes_in(output / COMMITS_DIR) if name.startswith("commit-") and name.endswith(".json")
@@ -246,6 +247,7 @@ def remove_leftovers(output: Path, units: Sequence[Unit], *, work: Path | None =
         if name.startswith(".") or name.endswith(BEAT_SUFFIX) or _unit_of(name) not in done
     ]
     removed += [output / name for name in sorted(sizes_in(output)) if name.startswith(".") and name.endswith(".tmp")]
+    forget(output, {f"{SHARDS_DIR}/{path.name}" for path in removed})
     for path in removed:
         path.unlink(missing_ok=True)
     for path in sorted((work or work_folder(output)).glob("*")):

@@ -26,6 +26,7 @@ from engine.config import ConvertConfig
 from engine.copies import local_copy
 from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import PROGRESS_DIR, Pulse, progress_path, read_progress
+from engine.history import refuse_repacked
 from engine.lock import locked
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
 from engine.sandbox import Job, Sandbox
@@ -231,6 +232,7 @@ def convert_unit(
 
 def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
     """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
+    refuse_repacked(config.output)
     start_run(config.output, config)
     result = scan(config.sources, work=work_folder(config.output, config.scratch), salt=config.salt())
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):

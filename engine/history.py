@@ -45,6 +45,28 @@ def earlier(output: Path) -> list[Snapshot]:
     return sorted((item for item in found if item is not None), key=lambda item: item.counts.get("windows", 0))
 
 
+def forget(output: Path, shards: Set[str]) -> None:
+    """Remove every snapshot, the current one and earlier ones, that names a shard which is about to go."""
+    folders = [output] if is_remote(output) else [output, *(output / HISTORY_DIR).glob("*")]
+    for folder in folders:
+        try:
+            named = {shard.path for shard in load_snapshot(folder).shards}
+        except (ConfigError, ContractError):  # none there, or a damaged one, which no reader takes either
+            continue
+        if named & shards:
+            (folder / SNAPSHOT_FILE).unlink(missing_ok=True)
+
+
+def refuse_repacked(output: Path) -> None:
+    """Keep a conversion out of a folder whose shards it does not know and would remove.
+
+    Raises:
+        ConfigError: `kymo repack` has written the folder.
+    """
+    if (output / SNAPSHOT_FILE).exists() and "parent" in load_snapshot(output).provenance:
+        raise ConfigError(f"{output}: holds a repacked snapshot; choose another output, and repack that one again")
+
+
 def keep(output: Path, new: Snapshot) -> None:
     """Keep the snapshot that `new` is about to replace, and drop earlier ones whose shards are not all in `new`.
 

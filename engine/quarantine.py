@@ -206,10 +206,10 @@ def _files(output: Path, planned: PlanItem) -> tuple[Path, tuple[tuple[str, int,
     corpus, root = next(pair for pair in load_sources(settings_of(output).sources) if pair[0].id == planned.corpus)
     path = root / planned.path
     files: list[tuple[str, int, str]] = []
-    for part in companions(path, corpus.reader, corpus):
+    for part in companions(path, corpus.reader_of(path), corpus):
         with part.open("rb") as file:
             files.append((part.name, part.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
-    return path, tuple(files), identity_of(path, corpus.reader, corpus)[0] if files else ""
+    return path, tuple(files), identity_of(path, corpus.reader_of(path), corpus)[0] if files else ""
 
 
 def retry(output: Path, names: Sequence[str], *, reason: str = "") -> list[str]:

@@ -27,7 +27,6 @@ from engine.quarantine import CONFIG_FILE, settings_of
 from engine.sandbox import sample_row
 from engine.scan import load_sources
 from engine.shardwriter import index_name
-from engine.windows import Sample
 from manifests.channels import KINDS
 from manifests.errors import ConfigError, ContractError
 from manifests.shards import (
@@ -83,7 +82,7 @@ def _advice(directory: Path, snapshot: Snapshot, kinds: Iterable[str]) -> Iterat
         elif kind == "source":
             yield f"to take changed recordings as they are now: {again}; else restore them"
         elif is_conversion and kind == "shard":
-            yield f"remove the shards named above, then: {again}; it makes their units again, byte by byte"
+            yield f"{again} recheck=true; it finds the damaged units and makes them again, byte by byte"
         elif is_conversion:
             yield f"{again}; it writes {SAMPLES_FILE} again from the commits"
         elif "parent" in snapshot.provenance:
@@ -173,7 +172,7 @@ def sample_problems(buffer: bytes, row: Mapping[str, Any], recipe: Mapping[str, 
         if any(not tag["scale"] > 0 or not np.isfinite(tag["scale"]) for tag in tags):
             yield f"{key}.{kind}: a scale that is not positive"
     yield from (f"{key}: {problem}" for problem in _label_problems(meta))
-    expected = sample_row(Sample(key=key, arrays=arrays, meta=meta))
+    expected = sample_row(key, meta)
     expected["quality"] = float(np.float32(expected["quality"]))  # the column is float32
     differs = sorted(name for name, value in expected.items() if row[name] != value)
     if differs:
@@ -277,7 +276,7 @@ def _source_problems(directory: Path, tick: Tick) -> Iterator[_Problem | None]:
             continue
         for item in commit.inputs:
             corpus, root = sources[item.corpus]
-            parts = {part.name: part for part in companions(root / item.path, corpus.reader, corpus)}
+            parts = {part.name: part for part in companions(root / item.path, corpus.reader_of(item.path), corpus)}
             for name, sha in item.sha256.items():
                 if name not in parts or _sha256(parts[name], tick) != sha:
                     state = "missing" if name not in parts else "changed since it was converted"
@@ -285,7 +284,7 @@ def _source_problems(directory: Path, tick: Tick) -> Iterator[_Problem | None]:
                     break
             else:
                 same = item.sha256 or (
-                    parts and identity_of(root / item.path, corpus.reader, corpus)[0] == item.identity
+                    parts and identity_of(root / item.path, corpus.reader_of(item.path), corpus)[0] == item.identity
                 )
                 text = f"{item.corpus}: {item.path}: changed or missing since it was rejected"
                 yield None if same else _Problem("source", text)

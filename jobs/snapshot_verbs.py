@@ -159,9 +159,7 @@ def retry_recordings(folder: str = Folder, recordings: list[str] = Names, reason
     from engine.storage import location
 
     units = engine_quarantine.retry(location(folder), recordings or [], reason=reason)
-    console.print(
-        f"{len(units)} units are converted again by: kymo convert {escape(folder)}/config.yaml", soft_wrap=True
-    )
+    console.print(f"units marked: {len(units)}. Next: kymo convert {escape(folder)}/config.yaml", soft_wrap=True)
 
 
 @quarantine.command("waive")
@@ -179,7 +177,7 @@ def waive_recordings(
     from engine.storage import location
 
     items = engine_quarantine.waive(location(folder), recordings or [], note=note, reason=reason)
-    console.print(f"{len(items)} recordings waived")
+    console.print(f"recordings waived: {len(items)}")
     left = engine_quarantine.rejected(location(folder))
     console.print(engine_quarantine.budget_line(location(folder), left), soft_wrap=True)
     console.print(f"Next: kymo convert {escape(folder)}/config.yaml", soft_wrap=True)

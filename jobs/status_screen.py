@@ -44,7 +44,7 @@ def _phase(state: "Status") -> str:
     if state.is_final:
         return f"complete, snapshot {state.digest[:16]}"
     if state.digest:
-        return f"stopped; snapshot {state.digest[:16]} is of before. Go on with: {state.resume}"
+        return f"stopped; an earlier snapshot {state.digest[:16]} stands. Go on with: {state.resume}"
     return f"stopped, no snapshot. Go on with: {state.resume}"
 
 
