@@ -113,13 +113,12 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def sample_row(sample: Sample) -> dict[str, Any]:
-    """Columns of samples.parquet that are known before the sample has its place in a shard."""
-    meta = sample.meta
+def sample_row(key: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Columns of samples.parquet that are known before the sample of a JSON has its place in a shard."""
     tags = [tag for rows in meta["ucs"].values() for tag in rows]
     stages = set(meta["labels"].get("stage", ()))
     return {
-        "key": sample.key,
+        "key": key,
         **{name: meta[name] for name in ("corpus", "subject", "recording", "session", "split")},
         "kinds": list(meta["ucs"]),
         "symbols": [tag["symbol"] for tag in tags],
@@ -196,7 +195,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         for sample in window_recording(job.path, corpus=job.corpus, recipe=job.recipe, root=job.root, losses=losses):
             block = encode(sample)
             file.write(block)
-            rows.append({**sample_row(sample), "offset": offset, "num_bytes": len(block)})
+            rows.append({**sample_row(sample.key, sample.meta), "offset": offset, "num_bytes": len(block)})
             offset += len(block)
     digests = _digests(job)
     if _marks(job) != marks:
