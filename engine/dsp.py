@@ -22,6 +22,7 @@ _EDGE_DB = 66.0  # stop-band of high-pass and notch; their length grows with it
 _NOTCH_HALF_HZ = 0.6  # half the notch between its -6 dB points; 1.1 Hz off the mains all passes
 _NOTCH_TRANSITION_HZ = 1.0
 _BLOCKS_PER_CALL = 8
+_OFFSET_SAMPLES = 1 << 14
 _MAX_BLOCK = 1 << 16  # samples; longer only where filters ask for it
 _MAX_DENOMINATOR = 1 << 18
 
@@ -101,6 +102,8 @@ def nan_mask(
 
 def fill_nan(signal: np.ndarray) -> np.ndarray:
     """Signal with missing samples interpolated linearly, held at the ends, zero where nothing is finite."""
+    if np.isfinite(np.dot(signal, signal)):  # one pass tells that no sample is missing
+        return signal
     missing = ~np.isfinite(signal)
     if not missing.any():
         return signal
@@ -150,6 +153,8 @@ def harmonise(
             parts.append(fill_nan(piece).astype(np.float32))
             continue
         parts.append(_apply(plan, fill_nan(piece), output_length(len(piece), rate, target_hz)))
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
@@ -237,34 +242,42 @@ def _apply(plan: _Plan, signal: np.ndarray, num_out: int) -> np.ndarray:
     hop_in = plan.length_in - 2 * plan.pad_in
     hop_out = plan.length_out - 2 * plan.pad_out
     num_blocks = -(-len(signal) // hop_in)
-    mean = np.float32(np.mean(signal, dtype=np.float64))  # a large offset would eat float32's digits
-    padded = _reflect(signal - mean, plan.pad_in, num_blocks * hop_in + plan.pad_in - len(signal))
-    blocks = np.lib.stride_tricks.sliding_window_view(padded, plan.length_in)[::hop_in]
+    offset = _offset(signal)
     output = np.empty((num_blocks, hop_out), dtype=np.float32)
+    buffer = np.empty((min(_BLOCKS_PER_CALL, num_blocks), plan.length_in), dtype=np.float32)
     bins = len(plan.response)
     for first in range(0, num_blocks, _BLOCKS_PER_CALL):
-        spectrum = np.asarray(fft.rfft(blocks[first : first + _BLOCKS_PER_CALL], axis=-1, workers=1))
-        product = spectrum[:, :bins] * plan.response
+        count = min(_BLOCKS_PER_CALL, num_blocks - first)
+        # Few blocks at a time: what lies between signal and output then stays in the processor's cache.
+        start = first * hop_in - plan.pad_in
+        stretch = _stretch(signal, start, start + (count - 1) * hop_in + plan.length_in)
+        blocks = np.lib.stride_tricks.sliding_window_view(stretch, plan.length_in)[::hop_in]
+        np.subtract(blocks, offset, out=buffer[:count])
+        spectrum = np.asarray(fft.rfft(buffer[:count], axis=-1, workers=1))
+        product = spectrum[:, :bins]
+        product *= plan.response
         result = np.asarray(fft.irfft(product, n=plan.length_out, axis=-1, workers=1, overwrite_x=True))
-        output[first : first + _BLOCKS_PER_CALL] = result[:, plan.pad_out : plan.pad_out + hop_out]
+        output[first : first + count] = result[:, plan.pad_out : plan.pad_out + hop_out]
     flat = output.reshape(-1)[:num_out]
     if plan.dc_gain:
-        flat += mean
+        flat += offset
     return flat
 
 
-def _reflect(signal: np.ndarray, left: int, right: int) -> np.ndarray:
-    """Signal with odd reflection at both ends; where it is too short for that, the last value is held."""
-    padded = np.empty(left + len(signal) + right, dtype=np.float32)
-    padded[left : left + len(signal)] = signal
-    mirror = min(left, len(signal) - 1)
-    padded[left - mirror : left] = 2 * signal[0] - signal[1 : mirror + 1][::-1]
-    padded[: left - mirror] = padded[left - mirror]
-    mirror = min(right, len(signal) - 1)
-    end = left + len(signal)
-    padded[end : end + mirror] = 2 * signal[-1] - signal[len(signal) - 1 - mirror : len(signal) - 1][::-1]
-    padded[end + mirror :] = padded[end + mirror - 1]
-    return padded
+def _offset(signal: np.ndarray) -> np.float32:
+    """About the mean, from every so many samples: a large offset would eat float32's digits in the transform."""
+    return np.float32(signal[:: max(1, len(signal) // _OFFSET_SAMPLES)].mean(dtype=np.float64))
+
+
+def _stretch(signal: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Samples start to stop, with odd reflection beyond both ends; where that is too short, its last value is held."""
+    last = len(signal) - 1
+    if start >= 0 and stop <= last + 1:
+        return signal[start:stop]
+    before = np.minimum(np.arange(-start, 0, -1), last)
+    after = last - np.minimum(np.arange(1, stop - last), last)
+    inside = signal[max(0, start) : max(0, stop)]
+    return np.concatenate((2 * signal[0] - signal[before], inside, 2 * signal[-1] - signal[after]))
 
 
 def design(

@@ -1,6 +1,7 @@
 """One channel as int16: its scale, its statistics, and where it is flat, clipped, missing or saturated."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ INT16_MAX = 32767
 _STEP_PER_SD = math.sqrt(12) / 10 ** (70.1 / 20)
 _OUTLIER_ROUNDS = 5
 _MAX_STATISTIC_SAMPLES = 1 << 16  # median and MAD come from an evenly spaced sub-sample of this size
+_BLOCK = 1 << 16  # samples worked on at once
 _CLIP_RUN = 3  # equal samples in a row at the recording's extreme that count as clipped
 
 
@@ -72,38 +74,88 @@ def flat_samples(signal: np.ndarray, rate: Fraction, kind: str) -> np.ndarray | 
     return cumulated(flags)
 
 
-def clipped_samples(signal: np.ndarray, kind: str) -> np.ndarray | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extremes:
+    """Least and largest value of each consecutive block of `_BLOCK` samples; NaN where one is missing."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, signal: np.ndarray) -> "Extremes":
+        """Extremes of a signal (T,)."""
+        blocks = list(_blocks(signal))
+        return cls(low=np.array([block.min() for block in blocks]), high=np.array([block.max() for block in blocks]))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sample is a number."""
+        return bool(np.isfinite(self.low).all() and np.isfinite(self.high).all())
+
+
+def _blocks(signal: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of consecutive samples, few enough to stay in the processor's cache while they are worked on."""
+    return (signal[first : first + _BLOCK] for first in range(0, signal.size, _BLOCK))
+
+
+def clipped_samples(signal: np.ndarray, kind: str, extremes: Extremes | None = None) -> np.ndarray | None:
     """Cumulated samples in runs of three and more at the recording's own extremes."""
     if kind not in ELECTRICAL or signal.size < _CLIP_RUN:
         return None
-    low, high = signal.min(), signal.max()
+    found = extremes or Extremes.of(signal)
+    low, high = found.low.min(), found.high.max()
     if low == high:
         return None
+    starts = [_runs_at(signal, low, found.low), _runs_at(signal, high, found.high)]
+    if not any(part.size for part in starts):
+        return None
     flags = np.zeros(signal.size, dtype=bool)
-    for extreme in (low, high):
-        where = np.flatnonzero(signal == extreme)
-        if where.size < _CLIP_RUN:
-            continue
-        starts = where[:-2][(where[2:] - where[:-2]) == _CLIP_RUN - 1]
-        for shift in range(_CLIP_RUN):
-            flags[starts + shift] = True
+    for shift in range(_CLIP_RUN):
+        flags[np.concatenate(starts) + shift] = True
     return cumulated(flags)
 
 
-def statistics(signal: np.ndarray) -> tuple[float, float, float, float]:
-    """Mean, sd, median, MAD of a filtered channel (T,), in its physical unit."""
-    mean = float(signal.mean(dtype=np.float64))
-    squares = float(np.dot(signal, signal)) if signal.size < 1 << 16 else _sum_of_squares(signal)
-    sd = math.sqrt(max(0.0, squares / signal.size - mean * mean))
+def _runs_at(signal: np.ndarray, extreme: np.floating, of_blocks: np.ndarray) -> np.ndarray:
+    """Where three samples in a row have the extreme value; only blocks that reach it are looked at."""
+    parts = [
+        np.flatnonzero(signal[block * _BLOCK : (block + 1) * _BLOCK] == extreme) + block * _BLOCK
+        for block in np.flatnonzero(of_blocks == extreme).tolist()
+    ]
+    where = np.concatenate(parts)
+    return where[:-2][(where[2:] - where[:-2]) == _CLIP_RUN - 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Mean, sd, median, MAD and largest magnitude of a filtered channel, in its physical unit."""
+
+    mean: float
+    sd: float
+    median: float
+    mad: float
+    peak: float
+
+
+def statistics(signal: np.ndarray) -> Statistics:
+    """Statistics of a channel (T,), T > 0; median and MAD from an evenly spaced sub-sample."""
     part = signal[:: max(1, signal.size // _MAX_STATISTIC_SAMPLES)]
-    median = float(np.median(part))
-    return mean, sd, median, float(np.median(np.abs(part - np.float32(median))))
-
-
-def _sum_of_squares(signal: np.ndarray) -> float:
-    # In blocks: a float32 dot product over a night loses digits.
-    blocks = np.array_split(signal, math.ceil(signal.size / (1 << 16)))
-    return math.fsum(float(np.dot(block, block)) for block in blocks)
+    median = np.median(part)
+    sums, squares, peak = [], [], 0.0
+    # Sums in blocks and about the median: a float32 sum over a night, or of a large offset, loses digits.
+    centred = np.empty(min(_BLOCK, signal.size), dtype=np.float32)
+    for block in _blocks(signal):
+        around = np.subtract(block, median, out=centred[: block.size])
+        sums.append(float(around.sum()))
+        squares.append(float(np.dot(around, around)))
+        peak = max(peak, float(block.max()), -float(block.min()))
+    shift = math.fsum(sums) / signal.size
+    return Statistics(
+        mean=float(median) + shift,
+        sd=math.sqrt(max(0.0, math.fsum(squares) / signal.size - shift * shift)),
+        median=float(median),
+        mad=float(np.median(np.abs(part - median))),
+        peak=peak,
+    )
 
 
 def _sd_without_outliers(signal: np.ndarray, sd: float) -> float:
@@ -117,20 +169,27 @@ def _sd_without_outliers(signal: np.ndarray, sd: float) -> float:
     return sd
 
 
-def quantise(signal: np.ndarray, sd: float) -> tuple[np.ndarray, float, np.ndarray | None]:
+def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, float, np.ndarray | None]:
     """int16 samples (T,), their scale in physical units, and the cumulated saturated samples.
 
-    The scale reaches the largest sample unless an outlier lies so far out that the quantisation noise would come
-    within 70 dB of the rest of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
+    The scale reaches the largest sample, `peak`, unless an outlier lies so far out that the quantisation noise would
+    come within 70 dB of the rest of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
     """
-    peak = float(max(signal.max(), -signal.min())) if signal.size else 0.0
     if peak == 0.0:
         return np.zeros(signal.size, dtype=np.int16), 1.0, None
     scale = peak / INT16_MAX
     if 0 < sd * _STEP_PER_SD < scale:
         scale = _sd_without_outliers(signal, sd) * _STEP_PER_SD
-    steps = signal * np.float32(1 / scale)
-    np.rint(steps, out=steps)
-    saturated = cumulated(np.abs(steps) > INT16_MAX) if peak > scale * (INT16_MAX + 0.5) else None
-    np.clip(steps, -INT16_MAX, INT16_MAX, out=steps)
-    return steps.astype(np.int16), scale, saturated
+    saturates = peak > scale * (INT16_MAX + 0.5)
+    samples = np.empty(signal.size, dtype=np.int16)
+    flags = np.zeros(signal.size if saturates else 0, dtype=bool)
+    steps = np.empty(min(_BLOCK, signal.size), dtype=np.float32)
+    for number, block in enumerate(_blocks(signal)):
+        place = slice(number * _BLOCK, number * _BLOCK + block.size)
+        rounded = np.multiply(block, np.float32(1 / scale), out=steps[: block.size])
+        np.rint(rounded, out=rounded)
+        if saturates:
+            flags[place] = np.abs(rounded) > INT16_MAX
+        np.clip(rounded, -INT16_MAX, INT16_MAX, out=rounded)
+        samples[place] = rounded
+    return samples, scale, cumulated(flags)

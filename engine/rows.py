@@ -1,5 +1,6 @@
 """Channels of one recording: decoded a few at a time, filtered and resampled whole, as int16 with tag and faults."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.dsp import fill_nan, harmonise, output_length, to_unit
-from engine.quality import Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
+from engine.quality import Extremes, Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
 from engine.read import read_signals
 from engine.recording import Channel, Recording
 from engine.scan import resolve_channels
@@ -22,6 +23,9 @@ from manifests.plausible import is_suspect
 from manifests.recipes import KindRule, Recipe
 
 _GROUP_BYTES = 128 << 20  # float32 samples decoded at once
+JSON: Mapping[str, Any] = {"separators": (",", ":"), "allow_nan": False}
+"""How `json.dumps` writes what goes into a shard."""
+
 _UNIT_WITH_FACTOR = re.compile(r"(\d+(?:\.\d+)?) +(\S+)")
 _FILTER_TOKEN = re.compile(r"\b(HP|LP|BP|N|NOTCH|DC)\s*[:=]?\s*(\d+(?:\.\d+)?)\s*(k?Hz|s)?", re.IGNORECASE)
 
@@ -54,6 +58,7 @@ class Row:
     rate: Fraction
     kind: str
     tag: dict[str, Any]
+    text: str  # the tag as JSON, without the last brace: a window adds its flags
     bad: Faults
 
 
@@ -161,13 +166,15 @@ def _row(
     raw_unit: str,
 ) -> Row:
     """One channel, filtered and resampled per segment and quantised."""
-    missing = ~np.isfinite(signal)
-    nan = cumulated(missing)
-    if nan is not None:
+    extremes = Extremes.of(signal)
+    nan = None
+    if not extremes.is_finite:
+        missing = ~np.isfinite(signal)
         if missing.all():
             raise RecordingError("SIGNAL_INVALID", f"channel {channel.index}: every sample is missing")
-        signal = fill_nan(signal)
-    flat, clipped = flat_samples(signal, channel.rate, tag.kind), clipped_samples(signal, tag.kind)
+        nan, signal = cumulated(missing), fill_nan(signal)
+        extremes = Extremes.of(signal)
+    flat, clipped = flat_samples(signal, channel.rate, tag.kind), clipped_samples(signal, tag.kind, extremes)
     rate = rule.stored_rate(channel.rate)
     filtered = harmonise(
         in_canonical_unit(signal, raw_unit, tag.unit),
@@ -178,9 +185,22 @@ def _row(
         notch_hz=notch_hz if rule.notch else None,
         segments_samples=segments,
     )
-    mean, sd, median, mad = statistics(filtered)
-    samples, scale, saturated = quantise(filtered, sd)
+    found = statistics(filtered)
+    samples, scale, saturated = quantise(filtered, found.sd, found.peak)
     bad = Faults(flat=flat, clipped=clipped, nan=nan, saturated=saturated)
+    full_tag = {
+        **tag.record(),
+        "scale": scale,
+        "rate": list(rate.as_integer_ratio()),
+        "native_rate": list(channel.rate.as_integer_ratio()),
+        "prefilter": clean_prefilter(channel.prefilter),
+        "source_index": channel.index,
+        "mean": found.mean,
+        "sd": found.sd,
+        "median": found.median,
+        "mad": found.mad,
+        "unit_suspect": not bad.is_mostly_flat and is_suspect(tag.kind, median=found.median, mad=found.mad),
+    }
     return Row(
         samples=samples,
         rate=rate,
@@ -189,19 +209,8 @@ def _row(
         native_segments=_beginnings(segments),
         native_rate=channel.rate,
         bad=bad,
-        tag={
-            **tag.record(),
-            "scale": scale,
-            "rate": list(rate.as_integer_ratio()),
-            "native_rate": list(channel.rate.as_integer_ratio()),
-            "prefilter": clean_prefilter(channel.prefilter),
-            "source_index": channel.index,
-            "mean": mean,
-            "sd": sd,
-            "median": median,
-            "mad": mad,
-            "unit_suspect": not bad.is_mostly_flat and is_suspect(tag.kind, median=median, mad=mad),
-        },
+        tag=full_tag,
+        text=json.dumps(full_tag, **JSON)[:-1],
     )
 
 

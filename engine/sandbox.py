@@ -136,7 +136,7 @@ def sample_row(key: str, meta: dict[str, Any]) -> dict[str, Any]:
 def encode(sample: Sample) -> bytes:
     """Tar blocks of a sample."""
     members: dict[str, bytes] = {f"{kind}.npy": npy_bytes(array) for kind, array in sample.arrays.items()}
-    members["json"] = json.dumps(sample.meta, separators=(",", ":"), allow_nan=False).encode()
+    members["json"] = sample.to_json()
     return tar_sample(sample.key, members)
 
 

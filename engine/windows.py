@@ -4,9 +4,10 @@ Pure and without Ray: conversion and prediction on a stranger's file both come t
 signal.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,30 @@ from engine.annotations import Labels, read_labels
 from engine.files import is_unlisted
 from engine.read import read_header
 from engine.recording import Recording
-from engine.rows import Losses, Row, by_rate_and_kind, rows_of
+from engine.rows import JSON, Losses, Row, by_rate_and_kind, rows_of
 from engine.scan import session_hash, subject_of
 from manifests.channels import UCS_VERSION
 from manifests.corpora import Corpus, pseudonym, recording_split, subject_hash
 from manifests.errors import RecordingError
 from manifests.recipes import NATIVE, Recipe
+from manifests.subjects import UNUSED
 
 _STAGE_EPOCH_S = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One window: int16 arrays (C, T) by kind and the JSON of ARCHITECTURE §4."""
+    """One window: int16 arrays (C, T) by kind and the JSON of ARCHITECTURE §4; `tags` has its `ucs` as JSON text."""
 
     key: str
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
+    tags: str
+
+    def to_json(self) -> bytes:
+        """`meta` as JSON. The tags, nine tenths of it and mostly the same in every window, are not encoded again."""
+        head = json.dumps({name: value for name, value in self.meta.items() if name != "ucs"}, **JSON)
+        return f'{head[:-1]},"ucs":{self.tags}}}'.encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,33 +74,50 @@ def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place
     return places
 
 
-def _window(
-    rows: Mapping[str, Sequence[Row]], place: _Place, recipe: Recipe
-) -> tuple[dict[str, np.ndarray], dict[str, list[dict[str, Any]]], float]:
-    """Arrays, tags and quality of one window."""
-    arrays: dict[str, np.ndarray] = {}
-    tags: dict[str, list[dict[str, Any]]] = {}
-    bad: list[float] = []
-    for kind, members in rows.items():
+def _index(seconds: Fraction, rate: Fraction, *, down: bool) -> int:
+    """Sample at a time, rounded down or to the nearest; integers, since a product of fractions costs far more."""
+    whole, rest = divmod(seconds.numerator * rate.numerator, seconds.denominator * rate.denominator)
+    return whole if down or not rest else round(seconds * rate)
+
+
+@dataclass(slots=True)
+class _Cut:
+    """What is cut out for one window: arrays and tags by kind, tags as JSON text, share of bad samples per channel."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    tags: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    bad: list[float] = field(default_factory=list)
+
+    def add(self, kind: str, members: Sequence[Row], place: _Place, recipe: Recipe) -> None:
+        """Cut a window out of the channels of one kind, which share a rate."""
         rate = members[0].rate
         length = recipe.window_samples(rate)
         # Where a window is no whole number of samples, rounding up could lead one sample past the segment's end.
-        offset = math.floor(place.within * rate) if recipe.is_native else round(place.within * rate)
-        pieces: list[np.ndarray] = []
-        tags[kind] = []
-        for row in members:
+        offset = _index(place.within, rate, down=recipe.is_native)
+        array = np.empty((len(members), length), dtype=np.int16)
+        tags: list[dict[str, Any]] = []
+        texts: list[str] = []
+        for number, row in enumerate(members):
             start = row.segments[place.segment] + offset
-            pieces.append(row.samples[start : start + length])
+            array[number] = row.samples[start : start + length]
             flat, clipped, nan = 0.0, 0.0, 0.0
             if not row.bad.is_clean:
-                native = row.native_segments[place.segment] + math.floor(place.within * row.native_rate)
+                native = row.native_segments[place.segment] + _index(place.within, row.native_rate, down=True)
                 flat, clipped, nan = row.bad.shares(
-                    (native, native + math.floor(recipe.window_s * row.native_rate)), (start, start + length)
+                    (native, native + recipe.window_samples(row.native_rate)), (start, start + length)
                 )
-            tags[kind].append({**row.tag, "flat": flat, "clipped": clipped, "nan": nan})
-            bad.append(min(1.0, flat + clipped + nan))
-        arrays[kind] = np.stack(pieces)
-    return arrays, tags, round(1.0 - math.fsum(bad) / len(bad), 4)
+            tags.append({**row.tag, "flat": flat, "clipped": clipped, "nan": nan})
+            texts.append(f'{row.text},"flat":{flat},"clipped":{clipped},"nan":{nan}}}')
+            self.bad.append(min(1.0, flat + clipped + nan))
+        self.arrays[kind] = array
+        self.tags[kind] = tags
+        self.texts.append(f'"{kind}":[{",".join(texts)}]')
+
+    @property
+    def quality(self) -> float:
+        """Share of good channel-samples."""
+        return round(1.0 - math.fsum(self.bad) / len(self.bad), 4)
 
 
 def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: Fraction | int) -> dict[str, Any]:
@@ -114,6 +139,15 @@ def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: Fr
     if classes:
         result["classes"] = classes
     return result
+
+
+def trial_split(labels: Labels, trials: Sequence[str], start: Fraction, *, window_s: int) -> str:
+    """Split of a window by the place, among the recording's events, of the trial that it lies in wholly."""
+    spans = sorted({(event.onset, event.onset + event.duration) for event in labels.events})
+    inside = [
+        split for (begin, end), split in zip(spans, trials, strict=False) if begin <= start and start + window_s <= end
+    ]
+    return inside[0] if inside else UNUSED
 
 
 def _is_labelled(labels: Mapping[str, Any]) -> bool:
@@ -188,9 +222,12 @@ def window_recording(
         "ucs_version": UCS_VERSION,
     }
     groups = by_rate_and_kind(rows_of(recording, corpus, recipe, losses), recipe)
+    axes = [(_Axis.of(recipe, rate), rows) for rate, rows in groups.items()]
     for place in places:
-        for rate, rows in groups.items():
-            sample = _sample(place, rows, _Axis.of(recipe, rate), labels, recipe=recipe, common=common)
+        if trials := corpus.split.trials:
+            common["split"] = trial_split(labels, trials, place.start, window_s=recipe.window_s)
+        for axis, rows in axes:
+            sample = _sample(place, rows, axis, labels, recipe=recipe, common=common)
             if sample.meta["quality"] < recipe.min_quality:
                 losses.dropped["quality"] += 1
             elif recipe.keep == "labelled" and not _is_labelled(sample.meta["labels"]):
@@ -209,8 +246,10 @@ def _sample(
     common: Mapping[str, Any],
 ) -> Sample:
     """One window of the channels of one time axis."""
-    arrays, tags, quality = _window(rows, place, recipe)
-    start = math.floor(place.start * axis.rate)
+    cut = _Cut()
+    for kind, members in rows.items():
+        cut.add(kind, members, place, recipe)
+    start = _index(place.start, axis.rate, down=True)
     key = f"{common['corpus']}-{common['subject']}-{common['recording']}-{start:010d}{axis.suffix}"
     meta = {
         "key": key,
@@ -218,8 +257,8 @@ def _sample(
         "start": start,
         "length": axis.length,
         "rate": list(axis.rate.as_integer_ratio()),
-        "quality": quality,
-        "ucs": tags,
+        "quality": cut.quality,
+        "ucs": cut.tags,
         "labels": window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=axis.rate),
     }
-    return Sample(key=key, arrays=arrays, meta=meta)
+    return Sample(key=key, arrays=cut.arrays, meta=meta, tags=f"{{{','.join(cut.texts)}}}")

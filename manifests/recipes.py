@@ -1,7 +1,6 @@
 """What conversion bakes into a shard: rate and band per kind, window, labels. One YAML each in `recipes/`."""
 
 from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,7 +94,7 @@ class Recipe(_Strict):
 
     def window_samples(self, rate: Fraction) -> int:
         """Samples of a window at `rate` Hz."""
-        return floor(self.window_s * rate)
+        return self.window_s * rate.numerator // rate.denominator
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

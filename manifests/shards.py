@@ -9,7 +9,7 @@ samples and of the end of the last one.
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,11 +52,15 @@ SAMPLE_COLUMNS: dict[str, str] = {
 
 def npy_bytes(array: np.ndarray) -> bytes:
     """`.npy` file (format 1.0) of a C-contiguous array; the header is always 128 bytes for our shapes."""
-    contiguous = np.ascontiguousarray(array)
-    header = f"{{'descr': '{contiguous.dtype.str}', 'fortran_order': False, 'shape': {contiguous.shape}, }}"
+    return _npy_header(array.dtype.str, array.shape) + array.tobytes()
+
+
+@cache
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
     padding = -(len(header) + 11) % 64
     text = header + " " * padding + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + contiguous.tobytes()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def array_from_npy(buffer: memoryview | bytes) -> np.ndarray:
@@ -78,12 +82,10 @@ def _parse_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return np.dtype(fields["descr"]), tuple(fields["shape"])
 
 
-def _tar_header(name: str, size: int) -> bytes:
-    """Header of the ustar format with mtime 0 and a fixed owner."""
-    if len(name) > 100:
-        raise ContractError(f"member name {name!r}: {len(name)} characters, 100 is the most a ustar header holds")
+@lru_cache(maxsize=1024)
+def _blank_tar_header(size: int) -> tuple[bytes, int]:
+    """Header without a name and without its checksum, and the sum of its bytes: a snapshot has few sizes."""
     header = bytearray(BLOCK)
-    header[0 : len(name)] = name.encode("ascii")
     header[100:108] = b"0000644\0"
     header[108:116] = b"0000000\0"
     header[116:124] = b"0000000\0"
@@ -92,8 +94,17 @@ def _tar_header(name: str, size: int) -> bytes:
     header[148:156] = b" " * 8
     header[156:157] = b"0"
     header[257:265] = b"ustar\x0000"
-    header[148:156] = f"{sum(header):06o}\0 ".encode()
-    return bytes(header)
+    return bytes(header), sum(header)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """Header of the ustar format with mtime 0 and a fixed owner."""
+    if len(name) > 100:
+        raise ContractError(f"member name {name!r}: {len(name)} characters, 100 is the most a ustar header holds")
+    blank, total = _blank_tar_header(size)
+    raw = name.encode("ascii")
+    checksum = f"{total + sum(raw):06o}\0 ".encode()
+    return b"".join((raw, blank[len(raw) : 148], checksum, blank[156:]))
 
 
 def tar_sample(key: str, members: Mapping[str, bytes]) -> bytes:

@@ -10,7 +10,7 @@ from engine.quality import Faults, clipped_samples, cumulated, flat_samples, qua
 def test_quantisation_noise_stays_70_db_below_the_signal(outlier: float) -> None:
     signal = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
     signal[500] = outlier
-    steps, scale, saturated = quantise(signal, float(signal.std()))
+    steps, scale, saturated = quantise(signal, float(signal.std()), float(np.abs(signal).max()))
     kept = np.abs(signal) <= 32767 * scale
     noise = (steps * scale - signal)[kept]
     assert 10 * np.log10(signal[kept].var() / noise.var()) >= 70
@@ -20,7 +20,7 @@ def test_quantisation_noise_stays_70_db_below_the_signal(outlier: float) -> None
 
 
 def test_a_silent_channel_has_a_scale_and_no_values() -> None:
-    steps, scale, saturated = quantise(np.zeros(10, dtype=np.float32), 0.0)
+    steps, scale, saturated = quantise(np.zeros(10, dtype=np.float32), 0.0, 0.0)
     assert (steps == 0).all()
     assert scale == 1.0
     assert saturated is None
@@ -28,11 +28,19 @@ def test_a_silent_channel_has_a_scale_and_no_values() -> None:
 
 def test_statistics_of_a_known_signal() -> None:
     signal = (5 + np.tile([-1.0, 0.0, 0.0, 1.0], 50_000)).astype(np.float32)
-    mean, sd, median, mad = statistics(signal)
-    assert mean == pytest.approx(5)
-    assert sd == pytest.approx(np.sqrt(0.5), rel=1e-4)
-    assert median == 5
-    assert mad in {0.0, 1.0}
+    found = statistics(signal)
+    assert found.mean == pytest.approx(5)
+    assert found.sd == pytest.approx(np.sqrt(0.5), rel=1e-4)
+    assert found.median == 5
+    assert found.mad in {0.0, 1.0}
+    assert found.peak == 6
+
+
+def test_a_large_offset_leaves_the_statistics_right() -> None:
+    noise = np.random.default_rng(0).normal(scale=0.1, size=300_000)
+    found = statistics((37 + noise).astype(np.float32))
+    assert found.sd == pytest.approx(noise.std(), rel=1e-3)
+    assert found.mean == pytest.approx(37 + noise.mean(), abs=1e-5)
 
 
 def test_only_constant_seconds_of_electrical_signals_are_flat() -> None:
@@ -54,6 +62,12 @@ def test_only_runs_at_the_extremes_are_clipped() -> None:
     assert clipped is not None
     assert clipped[-1] == 10
     assert clipped_samples(signal, "spo2") is None
+    long = np.resize(signal, 200_000)
+    long[100:110], long[500] = 0.0, 0.0
+    long[65_535:65_538] = -3.0  # a run across two blocks
+    found = clipped_samples(np.minimum(long, 1.5), "eeg")
+    assert found is not None
+    assert found[65_540] - found[65_530] == 3
     assert clipped_samples(np.ones(100, dtype=np.float32), "eeg") is None
 
 

@@ -318,3 +318,13 @@ def test_real_labels(shared_data: Path) -> None:
     assert [sample.meta["labels"]["stage"][0] for sample in night] == [names[code] for code in codes]
     deep = windows("ucddb_epochs_mat", "sleep128", shared_data / "ucddb_epochs", "ucd002_stagedeep.mat")
     assert {tuple(sample.meta["labels"]["stage"]) for sample in deep} == {("N3",)}
+
+
+def test_the_json_that_is_written_is_the_meta(night: list[Sample], tmp_path: Path) -> None:
+    gap = noise(60)
+    gap[1000:3000] = 5.0
+    write_edf(tmp_path / "a.edf", {"C3-M2": gap}, 128)
+    faulty = windows(own_corpus(), "sleep128", tmp_path, "a.edf")
+    assert faulty[0].meta["ucs"]["eeg"][0]["flat"] > 0
+    for sample in (*night[:2], *faulty):
+        assert json.loads(sample.to_json()) == sample.meta
