@@ -161,6 +161,8 @@ class _Hdf5(Container):
         super().__init__(path)
         self._file = h5py.File(path, "r")
         self._turned = is_matlab
+        self._datasets: dict[Names, h5py.Dataset] = {}
+        self._shapes: dict[Names, tuple[int, ...]] = {}
 
     def close(self) -> None:
         self._file.close()
@@ -188,10 +190,17 @@ class _Hdf5(Container):
         ]  # MATLAB keeps what cells refer to in #refs#
 
     def shape(self, names: Names) -> tuple[int, ...]:
-        shape = self._dataset(names).shape
-        return shape[::-1] if self._turned else shape
+        if names not in self._shapes:
+            shape = self._dataset(names).shape
+            self._shapes[names] = shape[::-1] if self._turned else shape
+        return self._shapes[names]
 
     def _dataset(self, names: Names) -> h5py.Dataset:
+        if names not in self._datasets:
+            self._datasets[names] = self._checked(names)
+        return self._datasets[names]
+
+    def _checked(self, names: Names) -> h5py.Dataset:
         node = self._node(names)
         if not isinstance(node, h5py.Dataset):
             raise RecordingError("HEADER_INVALID", f"{self.path}: {'/'.join(names)} is a group, expected an array")
