@@ -234,7 +234,12 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
     """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
     refuse_repacked(config.output)
     start_run(config.output, config)
-    result = scan(config.sources, work=work_folder(config.output, config.scratch), salt=config.salt())
+    result = scan(
+        config.sources,
+        work=work_folder(config.output, config.scratch),
+        salt=config.salt(),
+        output=config.output,
+    )
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
         patterns = ", ".join(result.corpora[name].files)
         raise ConfigError(f"{name}: no file matches {patterns} under its root; check sources.root")

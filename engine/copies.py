@@ -14,14 +14,11 @@ from manifests.errors import ConfigError, RecordingError
 
 
 @contextmanager
-def local_tables(corpus: Corpus, root: Path, *, work: Path | None = None) -> Iterator[tuple[Path | None, Path]]:
-    """A folder for copies and a root with the corpus' tables: none and the root itself, or on a store temporary ones.
+def local_tables(corpus: Corpus, root: Path, *, work: Path | None = None) -> Iterator[tuple[Path, Path]]:
+    """A local folder for copies, and one that holds the tables of a corpus on a store; both go at the end.
 
     `work` is the folder under which they are made; None: the system's.
     """
-    if not is_remote(root):
-        yield None, root
-        return
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix="scan-") as name:

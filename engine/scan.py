@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -15,6 +16,8 @@ from engine.copies import local_copy, local_tables
 from engine.files import companions, corpus_files, identity_of, is_unlisted
 from engine.read import read_header, sniff
 from engine.recording import MEMBER_MARK, Channel, Recording
+from engine.scan_cache import ScanCache
+from engine.storage import is_remote
 from manifests.channels import ChannelTag, Unresolved, resolve
 from manifests.config import digest
 from manifests.corpora import Corpus, load_corpus, recording_split, subject_hash, who_of
@@ -23,6 +26,7 @@ from manifests.errors import ConfigError, RecordingError
 logger = logging.getLogger(__name__)
 
 NO_CORPUS = ""
+_NUM_REQUESTS = 16  # recordings on a store that are identified at once; each takes some ten small requests
 
 # Reasons of `Unresolved` that are no gap in our knowledge.
 KNOWN_REASONS = ("excluded by corpus", "role ", "uncalibrated")
@@ -234,19 +238,28 @@ def _identity_or_name(path: Path, reader: str, corpus: Corpus | None) -> tuple[s
         return digest({"unreadable": path.name})[:16], 0, error.strerror or str(error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Near:
+    """What a scan of a store keeps on a local disk: a folder for copies, one with the corpus' tables, and old rows."""
+
+    folder: Path
+    tables: Path
+    cache: ScanCache | None
+
+
 def _row(
     path: Path,
     root: Path,
     corpus: Corpus | None,
     reader: str,
     *,
-    lookup_root: Path | None = None,
-    work: Path | None = None,
+    identified: tuple[str, int, str] | None = None,
+    near: _Near | None = None,
 ) -> ScanRow:
-    """Row of one recording; for a root on a store `work` is a local folder and `lookup_root` one with its tables."""
+    """Row of one recording; `identified` is what `_identity_or_name` says, `near` helps with a root on a store."""
     relative = path.relative_to(root).as_posix()
-    identity, size, unreadable = _identity_or_name(path, reader, corpus)
-    lookup_root = lookup_root or root
+    identity, size, unreadable = identified or _identity_or_name(path, reader, corpus)
+    lookup_root = near.tables if near else root
     owner = corpus if corpus and not is_unlisted(path, corpus) else None
     subject, session = subject_of(owner, relative, lookup_root) if owner else ("", "")
     row = ScanRow(
@@ -263,14 +276,17 @@ def _row(
             raise RecordingError("KNOWN_BAD", f"{relative}: {why}")
         if unreadable:
             raise RecordingError("UNREADABLE", f"{relative}: {unreadable}; check its rights and the disk")
-        recording = _header(path, root, corpus, reader, work)
+        key = near.cache.key(corpus, identity) if near and near.cache and corpus else ""
+        if near and near.cache and (known := near.cache.get(key)):
+            return _with_header(row, known)
+        recording = _header(path, root, corpus, reader, near)
     except RecordingError as error:
         return replace(row, reason=error.reason, message=str(error))
     except OSError as error:
         message = f"{relative}: {error.strerror or error}; check its rights and the disk"
         return replace(row, reason="UNREADABLE", message=message)
     found, missed = resolve_channels(recording, corpus)
-    return replace(
+    row = replace(
         row,
         duration=recording.duration,
         channels=tuple(
@@ -284,12 +300,37 @@ def _row(
         ),
         unresolved=tuple((item.label, item.reason) for item in missed),
     )
+    if near and near.cache:
+        near.cache.put(key, _plain_header(row))
+    return row
 
 
-def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, work: Path | None) -> Recording:
+def _plain_header(row: ScanRow) -> dict[str, Any]:
+    """What a row tells from the header, as plain data."""
+    return {
+        "duration": str(row.duration),
+        "channels": [[item.symbol, item.kind, str(item.rate), item.unit] for item in row.channels],
+        "unresolved": [[label, reason] for label, reason in row.unresolved],
+    }
+
+
+def _with_header(row: ScanRow, plain: Mapping[str, Any]) -> ScanRow:
+    """A row with what `_plain_header` told."""
+    return replace(
+        row,
+        duration=Fraction(plain["duration"]),
+        channels=tuple(
+            ScanChannel(symbol=symbol, kind=kind, rate=Fraction(rate), unit=unit)
+            for symbol, kind, rate, unit in plain["channels"]
+        ),
+        unresolved=tuple((label, reason) for label, reason in plain["unresolved"]),
+    )
+
+
+def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, near: _Near | None) -> Recording:
     if corpus is None:
         return read_header(path, reader)
-    with local_copy(path, root, corpus, work=work) as (copy, _):
+    with local_copy(path, root, corpus, work=near.folder if near else None) as (copy, _):
         return read_header(copy, reader, corpus.layout)
 
 
@@ -313,23 +354,38 @@ def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[
     return loaded
 
 
-def scan(sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b"") -> ScanResult:
+def scan(
+    sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b"", output: Path | None = None
+) -> ScanResult:
     """Every recording of the sources, read from headers only, in the order of sources and paths.
 
-    A recording on a store is copied to `work` (a local folder; None: the system's temporary one) to read its header.
-    `salt` is the secret that persons are hashed with, see `ConvertConfig.salt_file`.
+    Args:
+        sources: Corpora with their roots.
+        work: Local folder to which recordings on a store are copied to read their headers; None: the system's.
+        salt: Secret that persons are hashed with, see `ConvertConfig.salt_file`.
+        output: Where is kept what was read of recordings on a store, so that it is read once.
 
     Raises:
         ConfigError: A corpus or root that is missing, or a path whose subject cannot be read.
     """
     loaded = load_sources(sources, salt=salt)
+    has_store = any(is_remote(root) for _, root in loaded)
+    cache = ScanCache(output) if output is not None and has_store else None
     rows: list[ScanRow] = []
     for corpus, root in loaded:
-        with local_tables(corpus, root, work=work) as (folder, lookup_root):
+        paths = corpus_files(corpus, root)
+        if not is_remote(root):
+            rows += [_row(path, root, corpus, corpus.reader_of(path)) for path in paths]
+            continue
+        with local_tables(corpus, root, work=work) as (folder, tables), ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            near = _Near(folder=folder, tables=tables, cache=cache)
+            identities = pool.map(lambda path, of=corpus: _identity_or_name(path, of.reader_of(path), of), paths)
             rows += [
-                _row(path, root, corpus, corpus.reader_of(path), work=folder, lookup_root=lookup_root)
-                for path in corpus_files(corpus, root)
+                _row(path, root, corpus, corpus.reader_of(path), identified=identified, near=near)
+                for path, identified in zip(paths, identities, strict=True)
             ]
+    if cache is not None:
+        cache.save()
     return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
 
 
