@@ -109,11 +109,87 @@ def test_verify_finds_a_flipped_byte(capsys: pytest.CaptureFixture[str], snapsho
         shard.write_bytes(original)
 
 
+def test_damage_is_told_with_what_to_do(capsys: pytest.CaptureFixture[str], snapshot: Path) -> None:
+    shard = next((snapshot / "shards").glob("*.tar"))
+    original = shard.read_bytes()
+    try:
+        shard.write_bytes(original[:-512])
+        code, text = run(capsys, "verify", snapshot)
+        assert code == 5
+        assert f"kymo convert {snapshot}/config.yaml recheck=true" in text
+    finally:
+        shard.write_bytes(original)
+    code, text = run(capsys, "verify", snapshot, "--deep", "--source")
+    assert (code, "4 recordings: all as committed" in text) == (0, True)
+
+
+def test_watching_what_has_ended_prints_one_block(capsys: pytest.CaptureFixture[str], snapshot: Path) -> None:
+    code, text = run(capsys, "status", snapshot, "--watch")
+    assert code == 0
+    assert text.count("units: ") == 1
+    assert "complete, snapshot" in text
+
+
+def test_a_repacked_snapshot_is_the_same_and_diff_says_so(
+    capsys: pytest.CaptureFixture[str], snapshot: Path, tmp_path: Path
+) -> None:
+    code, text = run(capsys, "repack", snapshot, "--out", tmp_path / "new", "--shard-bytes", "60000", "--seed", "3")
+    assert code == 0
+    assert f"Next: kymo verify {tmp_path / 'new'}" in text
+    code, text = run(capsys, "diff", snapshot, tmp_path / "new", "--exit-code")
+    assert code == 0
+    assert "same samples in other shards" in text
+    other = tmp_path / "other"
+    source = {"corpus": "synthetic_ecg", "root": str(tmp_path / "fewer")}
+    synthesise(tmp_path / "fewer", num_subjects=0, num_ecg=2, night_minutes=10)
+    convert_all(ConvertConfig.model_validate({"output": str(other), "recipe": "ecg128", "sources": [source]}))
+    assert run(capsys, "diff", snapshot, other)[0] == 0
+    code, text = run(capsys, "diff", snapshot, other, "--exit-code")
+    assert code == 1
+    assert "only in A" in text
+    assert "differs" in text
+    assert run(capsys, "repack", snapshot, "--out", other)[0] == 2
+
+
+def test_quarantine_from_list_to_waiver(capsys: pytest.CaptureFixture[str], recordings: Path, tmp_path: Path) -> None:
+    source = {"corpus": "synthetic_psg", "root": str(recordings)}
+    settings = {"output": str(tmp_path / "out"), "recipe": "sleep128", "sources": [source], "quarantine_budget": 0.1}
+    config = ConvertConfig.model_validate(settings)
+    assert int(convert_all(config).exit_code) == 4
+    out = config.output
+    code, text = run(capsys, "quarantine", "ls", out)
+    assert code == 0
+    assert "over budget: no snapshot is written" in text
+    assert "TRUNCATED" in text
+    name = "psg/sub-003/sub-003_psg.edf"
+    code, text = run(capsys, "quarantine", "show", out, name)
+    assert code == 0
+    assert re.search(r"[0-9a-f]{64}", text)
+    assert run(capsys, "quarantine", "show", out, "psg/sub-9.edf")[0] == 2
+    assert run(capsys, "quarantine", "waive", out, name)[0] == 2  # a note is asked for
+    code, text = run(capsys, "quarantine", "waive", out, name, "--note", "cable was loose")
+    assert code == 0
+    assert "0 of 3 recordings count" in text
+    assert "cable was loose" in run(capsys, "quarantine", "ls", out)[1]
+    assert int(convert_all(config).exit_code) == 3
+    assert "1 of 1 are waived" in run(capsys, "status", out)[1]
+    code, text = run(capsys, "quarantine", "retry", out, "--reason", "TRUNCATED")
+    assert (code, "units marked: 1" in text) == (0, True)
+    assert "marked by kymo quarantine retry" in re.sub(r"[│\s]+", " ", run(capsys, "status", out)[1])
+
+
+@pytest.mark.parametrize("verb", ["ls", "show", "retry", "waive"])
+def test_each_verb_of_quarantine_shows_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    code, text = run(capsys, "quarantine", verb, "--help")
+    assert code == 0
+    assert f"Example: kymo quarantine {verb}" in re.sub(r"\s+", " ", text)
+
+
 def test_status_preview_and_report_of_a_snapshot(
     capsys: pytest.CaptureFixture[str], snapshot: Path, tmp_path: Path
 ) -> None:
     code, text = run(capsys, "status", snapshot)
-    assert (code, "snapshot written" in text) == (0, True)
+    assert (code, "complete, snapshot" in text) == (0, True)
     assert run(capsys, "preview", snapshot, "--out", tmp_path / "p.png")[0] == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert run(capsys, "report", snapshot, "--out", tmp_path / "r.html")[0] == 0
