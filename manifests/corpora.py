@@ -259,6 +259,8 @@ def split_of(corpus: Corpus, subject: str, *, family: str = "") -> str:
 def recording_split(corpus: Corpus, path: str, root: Path | None = None) -> str:
     """Split of a recording (`train`, `val`, `test`, or `unused`) by its path relative to the root.
 
+    `unused` where trials of the recording have splits of their own.
+
     Raises:
         ConfigError: The corpus' rules do not know the recording.
     """
@@ -271,7 +273,7 @@ def recording_split(corpus: Corpus, path: str, root: Path | None = None) -> str:
         groups = path_groups(corpus.subject, path, where=f"{corpus.id}.yaml")
         text = look_up(rule.column, groups, root, (rule.column.column,), where=where)[rule.column.column]
     else:
-        return split_of(corpus, who.subject, family=who.family)
+        return UNUSED if rule.rule == "trials" else split_of(corpus, who.subject, family=who.family)
     if text is None or text not in rule.map:
         raise ConfigError(f"{where}: {text!r} of {path!r} is not in the map; add it, or null for unused")
     split = rule.map[text] or UNUSED

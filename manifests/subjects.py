@@ -126,22 +126,26 @@ class SplitRule(_Strict):
 
     Attributes:
         rule: `hash` (of family or person, into `fractions`); `table` (person by person); `path` (the group `split`
-            of `pattern`, translated by `map`); `column` (a cell of a CSV file of the corpus, translated by `map`).
+            of `pattern`, translated by `map`); `column` (a cell of a CSV file of the corpus, translated by `map`);
+            `trials` (by the place of a trial among the events of its recording; for splits that put every person
+            on all sides by design).
         fractions: Shares of train, val and test.
         table: Split of every person.
         pattern: Regular expression with the group `split`, for the path relative to the corpus root.
         column: Where the cell stands.
         map: Text to split; `hash` = by the hash of the person; null = the published split leaves these recordings out.
+        trials: Split of the first, second, … trial of a recording; a window between or across trials is unused.
         val_share: Share of the persons in train that become val, by hash; for splits published without a val.
         source: Where the split comes from.
     """
 
-    rule: Literal["hash", "table", "path", "column"] = "hash"
+    rule: Literal["hash", "table", "path", "column", "trials"] = "hash"
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     table: dict[str, Split] = {}
     pattern: str | None = None
     column: SplitColumn | None = None
     map: dict[str, Split | Literal["hash"] | None] = {}
+    trials: tuple[Split, ...] = ()
     val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     source: str = ""
 
@@ -160,6 +164,8 @@ class SplitRule(_Strict):
             raise ValueError("rule table needs a table of subject: split")
         if self.rule == "path" and not (self.pattern and self.map):
             raise ValueError("rule path needs a pattern with the group split, and a map")
+        if (self.rule == "trials") != bool(self.trials):
+            raise ValueError("rule trials and the list trials go together")
         if self.rule == "column" and not (self.column and self.map):
             raise ValueError("rule column needs column (file, key, column) and a map")
         return self

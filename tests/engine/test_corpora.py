@@ -16,8 +16,10 @@ from engine.config import Source
 from engine.read import read_header
 from engine.recording import Annotation, Recording, Segment
 from engine.scan import ScanRow, scan
+from engine.windows import trial_split, window_recording
 from manifests.corpora import load_corpus
 from manifests.errors import RecordingError
+from manifests.recipes import load_recipe
 
 SECONDS = 120
 NSRR_XML = """<?xml version="1.0" encoding="UTF-8"?><PSGAnnotation><EpochLength>30</EpochLength><ScoredEvents>
@@ -281,3 +283,32 @@ def test_seed_v_takes_its_clips_from_the_corpus_file() -> None:
     first_session = Recording(path=Path("EEG_raw/1_1_20180804.cnt"), channels=(), segments=(whole,))
     with pytest.raises(RecordingError, match="lists no intervals for session '1'"):
         read_labels(first_session, corpus.model_copy(update={"annotations": narrow}))
+
+
+def test_the_published_split_of_seed_cuts_between_clips(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(scale=20, size=(62, 200 * 70))
+    clips = {f"djc_eeg{number}": noise for number in range(1, 16)}
+    io.savemat(tmp_path / "1_20131027.mat", clips)
+    path = tmp_path / "1_20131027.mat"
+    recipe = load_recipe("eeg200")
+    strict, published = [
+        [
+            (sample.meta["start"] / 200, sample.meta["split"])
+            for sample in window_recording(path, corpus=corpus, recipe=recipe, root=tmp_path)
+        ]
+        for corpus in (load_corpus("seed"), load_corpus("seed").with_split("within_session"))
+    ]
+    assert len(strict) == len(published) == 15 * (70 // recipe.window_s)
+    assert len({split for _, split in strict}) == 1
+    assert {split for start, split in published if start < 9 * 120} == {"train"}
+    assert {split for start, split in published if start >= 9 * 120} == {"test"}
+
+
+def test_a_window_across_trials_is_in_no_split() -> None:
+    events = [Annotation(onset=Fraction(onset), duration=Fraction(20), text="x") for onset in (0, 20, 60)]
+    labels = Labels(events=tuple(events))
+    splits = [
+        trial_split(labels, ("train", "val", "test"), Fraction(start), window_s=10)
+        for start in (0, 10, 15, 30, 45, 60, 75)
+    ]
+    assert splits == ["train", "train", "unused", "val", "unused", "test", "unused"]

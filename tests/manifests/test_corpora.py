@@ -1,16 +1,17 @@
+import functools
 import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from manifests import corpora
 from manifests.annotations import STAGES
 from manifests.channels import ChannelTag, resolve
 from manifests.config import read_yaml, shipped_names
 from manifests.corpora import (
     CORPORA_DIR,
     Corpus,
-    load_corpus,
     recording_split,
     split_of,
     subject_hash,
@@ -20,6 +21,7 @@ from manifests.errors import ConfigError
 from manifests.subjects import SPLITS
 
 NAMES = shipped_names(CORPORA_DIR)
+load_corpus = functools.cache(corpora.load_corpus)  # frozen; reading all of them takes seconds
 SHARED = {
     "cap_sleep": "cap_sleep",
     "challenge2021": "challenge2021_12lead",
@@ -330,6 +332,7 @@ def test_a_corpus_inherits_a_table_and_adds_to_it() -> None:
         ({"split": {"rule": "table"}}, "needs a table"),
         ({"split": {"rule": "path", "map": {"a": "train"}}}, "needs a pattern"),
         ({"split": {"rule": "path", "pattern": "(a)", "map": {"a": "train"}}}, "named group"),
+        ({"split": {"rule": "trials"}}, "go together"),
         ({"split": {"rule": "column", "map": {"1": "train"}}}, "needs column"),
         ({"subject": {"pattern": "(?P<subject>x)", "persons": {"a": "b", "b": "c"}}}, "name the last person"),
         ({"subject": {"pattern": "(?P<subject>x)", "table": {"file": "f.csv", "key": "k"}}}, "neither a column"),
