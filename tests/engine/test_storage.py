@@ -19,7 +19,6 @@ from engine import copies, lock, storage
 from engine.commit import read_commit
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
-from engine.copies import local_copy
 from engine.files import corpus_files, identity_of
 from engine.heartbeat import Pulse, append_progress, read_heartbeat, read_progress
 from engine.lock import Holder, locked
@@ -28,7 +27,7 @@ from engine.storage import download, glob_matches, is_remote, location, read_ran
 from engine.verify import verify
 from manifests.config import dump_yaml, load_config
 from manifests.corpora import load_corpus
-from manifests.errors import ConfigError, RecordingError
+from manifests.errors import ConfigError
 from manifests.shards import load_snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -141,25 +140,6 @@ def test_identities_are_equal_on_disk_and_store(raw: Path, tiny_root: Path) -> N
 def test_blocks_are_read_alike(raw: Path, tiny_root: Path) -> None:
     ranges = [(0, 10), (100, 7), (5, 1)]
     assert read_ranges(raw / "ecg/E00001.dat", ranges) == read_ranges(tiny_root / "ecg/E00001.dat", ranges)
-
-
-def test_copies_of_a_recording_go_at_the_end(raw: Path, tiny_root: Path, tmp_path: Path) -> None:
-    corpus = load_corpus("synthetic_ecg")
-    with local_copy(raw / "ecg/E00001.hea", raw, corpus, work=tmp_path) as (path, root):
-        assert path.relative_to(root) == Path("ecg/E00001.hea")
-        assert path.with_suffix(".dat").read_bytes() == (tiny_root / "ecg/E00001.dat").read_bytes()
-    assert not list(tmp_path.iterdir())
-    with (
-        pytest.raises(RecordingError, match=f"{raw}/ecg/E00001.hea: bad"),
-        local_copy(raw / "ecg/E00001.hea", raw, corpus, work=tmp_path) as (path, _),
-    ):
-        raise RecordingError("HEADER_INVALID", f"{path}: bad")
-    with (
-        pytest.raises(RecordingError, match="no longer there") as caught,
-        local_copy(raw / "psg/no.edf", raw, load_corpus("synthetic_psg"), work=tmp_path),
-    ):
-        pass
-    assert caught.value.reason == "INPUT_CHANGED"
 
 
 def test_store_to_store_and_store_to_disk_give_the_digest_of_the_disk(
