@@ -269,6 +269,7 @@ def _source_problems(directory: Path, tick: Tick) -> Iterator[_Problem | None]:
     if not (directory / PLAN_FILE).exists():
         raise ConfigError(f"{directory}: no {PLAN_FILE}; only the output of a kymo convert knows its recordings")
     sources = {corpus.id: (corpus, root) for corpus, root in load_sources(settings_of(directory).sources)}
+    hashes: dict[Path, str] = {}  # a file may hold thousands of recordings
     for unit in read_plan(directory):
         commit = read_commit(directory, unit.id)
         if commit is None:
@@ -278,7 +279,9 @@ def _source_problems(directory: Path, tick: Tick) -> Iterator[_Problem | None]:
             corpus, root = sources[item.corpus]
             parts = {part.name: part for part in companions(root / item.path, corpus.reader_of(item.path), corpus)}
             for name, sha in item.sha256.items():
-                if name not in parts or _sha256(parts[name], tick) != sha:
+                if name in parts and parts[name] not in hashes:
+                    hashes[parts[name]] = _sha256(parts[name], tick)
+                if name not in parts or hashes[parts[name]] != sha:
                     state = "missing" if name not in parts else "changed since it was converted"
                     yield _Problem("source", f"{item.corpus}: {item.path}: {name} is {state}")
                     break
