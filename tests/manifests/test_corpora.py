@@ -176,8 +176,7 @@ def test_every_shared_file_of_a_corpus_has_a_subject(shared_data: Path, name: st
 @pytest.mark.parametrize("name", NAMES)
 def test_open_corpora_tell_their_home(name: str) -> None:
     corpus = load_corpus(name)
-    is_own = name.startswith("synthetic") or name in ("openbci_gui", "sleep_edf_short", "cpsc2021_af")
-    assert is_own or corpus.homepage.startswith("https://")
+    assert name.startswith("synthetic") or corpus.homepage.startswith("https://")
     assert (corpus.access_kind == "open") == (corpus.access.startswith(("open", "made", "as the data set")))
     if corpus.fetch:
         assert corpus.access_kind == "open"
