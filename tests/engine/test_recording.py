@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from upath import UPath
 
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
@@ -14,7 +15,9 @@ from engine.finalise import ExitCode
 from engine.recording import split_member
 from engine.sandbox import _sha256_once
 from engine.scan import scan
+from engine.verify import verify
 from manifests.corpora import load_corpus
+from manifests.errors import ConfigError
 
 EXAMS = {"11": ("900", 4000), "12": ("900", 4000), "13": ("901", 4000), "14": ("902", 2800)}
 
@@ -99,6 +102,16 @@ def test_recordings_of_one_file_become_one_snapshot(code15, tmp_path):
     second = convert_all(config)
     assert second.snapshot is not None
     assert second.snapshot.digest == first.snapshot.digest
+    assert not verify(config.output, source=True).problems
+
+
+def test_a_file_of_many_recordings_on_a_store_is_refused_and_a_file_of_one_is_not():
+    root = UPath("memory://emotions")
+    for name in ("exams_part0.hdf5", "1_20131027.mat"):
+        (root / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="holds several recordings"):
+        corpus_files(load_corpus("code15"), root)
+    assert [path.name for path in corpus_files(load_corpus("seed"), root)] == ["1_20131027.mat"]
 
 
 def test_a_file_of_many_recordings_is_hashed_once(tmp_path):
