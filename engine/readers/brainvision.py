@@ -25,9 +25,9 @@ from engine.recording import Annotation, Channel, Recording
 from manifests.errors import RecordingError
 
 _SAMPLE_BYTES = {"INT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
-_MARKER = re.compile(
-    r"^Mk\d+=([^,\r\n]*),([^,\r\n]*),([^,\r\n]*),([^,\r\n]*)(?:,[^,\r\n]*)?(?:,(\d{20}))?", re.MULTILINE
-)
+_MARKER_LINE = re.compile(r"(?m)^Mk\d+=(.*)$")
+# Type, text (some writers leave commas in it), position, length, channel, date.
+_MARKER = re.compile(r"([^,]*),(.*?),\s*(\d+),\s*(-?\d*)\s*(?:,\s*-?\d*)?\s*(?:,\s*(\d*))?\s*")
 _NEW_SEGMENT = "New Segment"
 _MAX_HEADER_BYTES = 16 << 20
 _SCALED = {"µS": "S", "uS": "S"}  # units that MNE turns into their base unit and does not mark
@@ -198,11 +198,13 @@ def _open(path: Path, text: str, repairs: list[str]) -> Any:
     data = _pointed(path, common.get("datafile", ""), _POINTERS["datafile"], repairs)
     if data is None:
         raise RecordingError("TRUNCATED", f"{path}: its file of samples is missing; put it beside the header")
-    _channel_fields(path, sections)
     _rate(path, common)
     _check_size(path, sections, data)
     plain = re.split(r"(?mi)^\[(?:coordinates|comment)\]", text)[0]
     plain = re.sub(r"(?mi)^Codepage=.*$", "Codepage=UTF-8", plain)
+    names = [fields[0] for fields in _channel_fields(path, sections)]
+    if len(set(names)) < len(names):  # MNE wants one unit per name
+        plain = re.sub(r"(?mi)^(Ch(\d+))=[^,\r\n]*", r"\1=\2", plain)
     comment = re.split(r"(?mi)^\[comment\]", text, maxsplit=1)[1:]
     heard: list[str] = []
     for number, header in enumerate([*(f"{plain}\n[Comment]{rest}" for rest in comment), plain]):
@@ -273,16 +275,20 @@ def _markers(path: Path, sections: _Sections, repairs: list[str]) -> list[tuple[
         if written:
             repairs.append("the file of markers is missing: no annotations, no known gaps")
         return []
-    found = []
-    for kind, text, position, size, date in _MARKER.findall(_decoded(marker_path.read_bytes())):
-        try:
-            first = int(position) - 1
-        except ValueError:
-            repairs.append("a marker without a position: left out")
-            continue
-        length = int(size) if size.strip().isdigit() else 0
-        found.append((kind.replace(r"\1", ","), text.replace(r"\1", ","), first, length, date))
-    return found
+    lines = _MARKER_LINE.findall(_decoded(marker_path.read_bytes()))
+    matches = [match for line in lines if (match := _MARKER.fullmatch(line))]
+    if len(matches) < len(lines):
+        repairs.append(f"{len(lines) - len(matches)} markers without a position: left out")
+    return [
+        (
+            match[1].replace(r"\1", ","),
+            match[2].replace(r"\1", ","),
+            int(match[3]) - 1,
+            int(match[4]) if match[4].isdigit() else 0,
+            match[5] or "",
+        )
+        for match in matches
+    ]
 
 
 def _timeline(

@@ -31,6 +31,7 @@ _SKIP = "BAD_ACQ_SKIP"
 _JOINS = frozenset({"BAD boundary", "EDGE boundary"})
 _TAG_BYTES = 16
 _EPOCH_BYTES = 32 << 20
+_NO_EPOCHS = ("Could not find event data", "Could not find epochs data")
 _NO_RAW = "No raw data"
 
 
@@ -111,7 +112,7 @@ def _open_epochs(path: Path, repairs: list[str]) -> Any:
         with reading(path, what="header", repairs=repairs):
             return mne.read_epochs(path, proj=False, preload=False, verbose="ERROR")
     except RecordingError as error:
-        if "epochs data" in str(error).lower():
+        if any(mark in str(error) for mark in _NO_EPOCHS):
             raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: neither a raw recording nor epochs") from error
         raise
 
