@@ -312,3 +312,38 @@ def test_a_window_across_trials_is_in_no_split() -> None:
         for start in (0, 10, 15, 30, 45, 60, 75)
     ]
     assert splits == ["train", "train", "unused", "val", "unused", "test", "unused"]
+
+
+def test_dreamer_is_read_person_by_person(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+
+    def clips(rate: int, channels: int) -> np.ndarray:
+        films = np.empty((18, 1), object)
+        for number in range(18):
+            films[number, 0] = noise.normal(scale=20, size=(rate * 65, channels))
+        return films
+
+    persons = np.empty((1, 2), object)
+    for number in range(2):
+        persons[0, number] = {
+            "EEG": {"stimuli": clips(128, 14)},
+            "ECG": {"stimuli": clips(256, 2)},
+            **{f"Score{name}": np.full((18, 1), 1.0 + 2 * number) for name in ("Valence", "Arousal", "Dominance")},
+        }
+    io.savemat(tmp_path / "DREAMER.mat", {"DREAMER": {"Data": persons}})
+    rows = scan([Source(corpus="dreamer", root=tmp_path)]).rows
+    assert [(row.path, row.reason) for row in rows] == [("DREAMER.mat#1", ""), ("DREAMER.mat#2", "")]
+    assert_no_label_is_unknown("dreamer", rows[0])
+    corpus = load_corpus("dreamer")
+    texts = [
+        {
+            text
+            for _, _, text in intervals(
+                read_labels(read_header(tmp_path / row.path, "arrays", corpus.layout), corpus).events
+            )
+        }
+        for row in rows
+    ]
+    assert texts == [{"low_valence", "low_arousal"}, {"high_valence", "high_arousal"}]
+    samples = window_recording(tmp_path / "DREAMER.mat#1", corpus=corpus, recipe=load_recipe("eeg200"), root=tmp_path)
+    assert sum(1 for _ in samples) == 18 * (65 // 4)
