@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.storage import location
 from manifests.channels import KINDS
 from manifests.errors import ConfigError, ContractError
 from manifests.shards import SAMPLES_FILE, array_from_npy, load_snapshot, parse_sample
@@ -51,7 +52,8 @@ def first_key(snapshot_dir: Path | str) -> str:
         ConfigError: The snapshot holds no sample.
     """
     load_snapshot(snapshot_dir)
-    keys = pq.read_table(Path(snapshot_dir) / SAMPLES_FILE, columns=["key"]).column("key")
+    with (location(snapshot_dir) / SAMPLES_FILE).open("rb") as file:
+        keys = pq.read_table(file, columns=["key"]).column("key")
     if len(keys) == 0:
         raise ConfigError(f"{snapshot_dir}: the snapshot holds no sample; see kymo report for what was dropped")
     return str(keys[0])
@@ -64,12 +66,14 @@ def read_window(snapshot_dir: Path | str, key: str) -> tuple[dict[str, np.ndarra
         ConfigError: No such key; the message names the nearest ones.
         ContractError: The bytes at the offset are not this sample.
     """
-    folder = Path(snapshot_dir)
+    folder = location(snapshot_dir)
     path = folder / SAMPLES_FILE
     columns = ["shard", "offset", "num_bytes"]
-    rows = pq.read_table(path, columns=columns, filters=[("key", "==", key)]).to_pylist()
+    with path.open("rb") as file:
+        rows = pq.read_table(file, columns=columns, filters=[("key", "==", key)]).to_pylist()
     if not rows:
-        keys = pq.read_table(path, columns=["key"]).column("key").to_pylist()
+        with path.open("rb") as file:
+            keys = pq.read_table(file, columns=["key"]).column("key").to_pylist()
         nearest = difflib.get_close_matches(key, keys[:20_000], n=3, cutoff=0) or ["none: the snapshot is empty"]
         raise ConfigError(f"{path}: no sample {key!r}; nearest: {', '.join(nearest)}")
     row = rows[0]

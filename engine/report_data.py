@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from engine.commit import COMMITS_DIR
+from engine.storage import location
 from manifests.channels import KINDS, UNITS, sites
 from manifests.errors import ConfigError
 from manifests.plausible import plausible
@@ -98,7 +99,7 @@ def read_report_data(snapshot_dir: Path | str) -> ReportData:
         ConfigError: No finished snapshot in the folder, or a commit that cannot be read.
         ContractError: The snapshot was changed after it was written.
     """
-    folder = Path(snapshot_dir)
+    folder = location(snapshot_dir)
     snapshot = load_snapshot(folder)
     commits = []
     for path in sorted((folder / COMMITS_DIR).glob("commit-*.json")):
@@ -106,7 +107,8 @@ def read_report_data(snapshot_dir: Path | str) -> ReportData:
             commits.append(UnitReport.model_validate_json(path.read_bytes()))
         except ValueError as error:
             raise ConfigError(f"{path}: not a commit of this kymo: {error}; run kymo convert again") from None
-    samples = pq.read_table(folder / SAMPLES_FILE)
+    with (folder / SAMPLES_FILE).open("rb") as file:
+        samples = pq.read_table(file)
     return ReportData(folder=folder, snapshot=snapshot, samples=samples, commits=tuple(commits))
 
 

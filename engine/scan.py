@@ -402,6 +402,8 @@ def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
 
 def scan_folder(root: Path) -> ScanResult:
     """Every file under a folder (or one file) whose content a reader recognises; labels by the generic parser."""
+    if is_remote(root):
+        raise ConfigError(f"{root}: say which corpus it is (--corpus); what lies on a store is not guessed")
     if not root.exists():
         raise ConfigError(f"{root}: no such file or folder; give a folder with recordings")
     base = root if root.is_dir() else root.parent

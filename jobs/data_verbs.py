@@ -21,7 +21,7 @@ SnapshotDir = typer.Argument(help="Folder that kymo convert has written.", metav
 
 
 def scan(
-    folder: Path = typer.Argument(help="Folder with recordings, or one file."),
+    folder: str = typer.Argument(help="Folder with recordings, or one file; with --corpus also s3://bucket/folder."),
     corpus: str | None = typer.Option(None, help="Name of a shipped corpus, or path of a corpus YAML."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
 ) -> None:
@@ -31,9 +31,10 @@ def scan(
     """
     from engine import scan as engine_scan
     from engine.config import Source
+    from engine.storage import location
 
-    sources = [Source(corpus=corpus, root=folder)] if corpus else []
-    result = engine_scan.scan(sources) if corpus else engine_scan.scan_folder(folder)
+    root = location(folder)
+    result = engine_scan.scan([Source(corpus=corpus, root=root)]) if corpus else engine_scan.scan_folder(root)
     if not result.rows:
         wanted = f"files of corpus {corpus}" if corpus else "recordings (EDF, EDF+, BDF, WFDB), known by their content"
         raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")
@@ -196,8 +197,8 @@ def verify(
 
 
 def report(
-    folder: Path = SnapshotDir,
-    out: Path | None = typer.Option(None, help="HTML file; default: report.html in the snapshot."),
+    folder: str = SnapshotDir,
+    out: Path | None = typer.Option(None, help="HTML file; default: report.html in the snapshot, here for a store."),
     run: list[Path] = typer.Option([], help="Training runs whose loss curves are shown; repeatable."),
 ) -> None:
     """Write one self-contained HTML page about a snapshot and the runs that trained on it.
@@ -205,13 +206,16 @@ def report(
     Example: kymo report demo/shards/psg --run demo/runs/sleep --out report.html
     """
     from engine.report import write_report
+    from engine.storage import is_remote, location
 
-    path = write_report(folder, out or folder / "report.html", runs=run)
+    snapshot = location(folder)
+    beside = Path("report.html") if is_remote(snapshot) else snapshot / "report.html"
+    path = write_report(snapshot, out or beside, runs=run)
     console.print(f"report: {path}")
 
 
 def preview(
-    folder: Path = SnapshotDir,
+    folder: str = SnapshotDir,
     key: str = typer.Argument("", help="Sample key; empty takes the first one."),
     out: Path = typer.Option(Path("preview.png"), help="PNG file."),
 ) -> None:
@@ -220,6 +224,8 @@ def preview(
     Example: kymo preview demo/shards/psg --out preview.png
     """
     from engine.preview import draw_sample, first_key
+    from engine.storage import location
 
-    path = draw_sample(folder, key or first_key(folder), out)
+    snapshot = location(folder)
+    path = draw_sample(snapshot, key or first_key(snapshot), out)
     console.print(f"preview: {path}")
