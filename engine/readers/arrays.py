@@ -14,8 +14,7 @@ from engine.readers.arrays_layout import ArraysLayout, LabelRule, Lookup, Signal
 from engine.readers.containers import Container, Names, opened
 from engine.readers.text import parse_layout
 from engine.recording import Annotation, Channel, Recording, Segment, split_member
-from engine.storage import is_remote
-from manifests.errors import ConfigError, RecordingError
+from manifests.errors import RecordingError
 
 _MAX_DIFFERENCE_S = 1  # by which the signals of one trial may differ in length; more is another layout
 
@@ -45,14 +44,12 @@ def members(path: Path, layout: Mapping[str, object]) -> list[str]:
     """Names of the recordings in a file, in its order; none where the file is one recording.
 
     Raises:
-        ConfigError: The layout breaks its schema, or the file lies on an object store.
+        ConfigError: The layout breaks its schema.
         RecordingError: The file cannot be read, or the names do not tell its recordings apart.
     """
     rules = parse_layout(ArraysLayout, layout, "arrays")
     if not rules.has_members:
         return []
-    if is_remote(path):
-        raise ConfigError(f"{path}: holds several recordings and would be copied for each; copy it to a local disk")
     stat = path.stat()
     return list(_positions(path, stat.st_size, stat.st_mtime_ns, rules.model_dump_json()))
 

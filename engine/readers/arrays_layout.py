@@ -1,5 +1,6 @@
 """Where signals, rates, labels and trials lie in a file of arrays: the `layout` of a corpus with `reader: arrays`."""
 
+import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -123,7 +124,7 @@ class LabelRule(_Strict):
 
     def text(self, value: object) -> str:
         """Text of an annotation."""
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and math.isfinite(value):
             value = sum(edge <= value for edge in self.edges) if self.edges else f"{value:g}"
         return f"{self.name}={value}" if self.name else str(value)
 

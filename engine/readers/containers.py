@@ -230,6 +230,8 @@ class _Hdf5(Container):
         if h5py.check_ref_dtype(node.dtype):
             parts: list[Any] = [self._file[ref] for ref in node[()].ravel()]
             return ["".join(map(chr, np.asarray(part).ravel().tolist())) for part in parts]
+        if self._turned and node.attrs.get("MATLAB_class") == b"char":
+            return ["".join(map(chr, np.asarray(node[()]).ravel().tolist()))]
         return super().texts(names)
 
     def attribute(self, names: Names, name: str) -> object | None:

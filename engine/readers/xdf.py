@@ -9,6 +9,7 @@ half a sample off.
 
 import logging
 import math
+import mmap
 import re
 import struct
 from collections import Counter
@@ -149,9 +150,15 @@ def _walk(path: Path) -> tuple[Counter[int], list[str]]:
 
     Source: https://github.com/sccn/xdf/wiki/Specifications, "Chunk".
     """
-    data = path.read_bytes()
-    if data[:4] != b"XDF:":
-        raise RecordingError("NOT_A_RECORDING", f"{path}: begins with {data[:4]!r}, expected XDF:")
+    with path.open("rb") as stream:
+        start = stream.read(4)
+        if start != b"XDF:":
+            raise RecordingError("NOT_A_RECORDING", f"{path}: begins with {start!r}, expected XDF:")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _chunks(data, path)
+
+
+def _chunks(data: mmap.mmap, path: Path) -> tuple[Counter[int], list[str]]:
     samples: Counter[int] = Counter()
     widths: dict[int, int] = {}
     position = 4
@@ -179,7 +186,7 @@ def _walk(path: Path) -> tuple[Counter[int], list[str]]:
     return samples, []
 
 
-def _length(data: bytes, position: int) -> tuple[int, int]:
+def _length(data: mmap.mmap, position: int) -> tuple[int, int]:
     """A number of 1, 4 or 8 bytes that is preceded by its width, and where it ends."""
     width = {1: "<B", 4: "<I", 8: "<Q"}.get(data[position] if position < len(data) else 0)
     if width is None:

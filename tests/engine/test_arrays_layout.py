@@ -101,6 +101,7 @@ def test_names_are_sorted_by_their_numbers():
         ({"path": "l", "edges": [3, 4]}, 3.0, "1"),
         ({"path": "l", "edges": [3, 4], "name": "arousal"}, 4.5, "arousal=2"),
         ({"values": ["rest"]}, "rest", "rest"),
+        ({"path": "l", "edges": [3]}, float("nan"), "nan"),
     ],
 )
 def test_labels_become_texts(rule, value, text):

@@ -126,14 +126,17 @@ def test_matlab_73_cells_are_followed(tmp_path):
         file["#refs#/name"] = np.array([[ord(letter)] for letter in "Cz"], dtype=np.uint16)
         references = file.create_dataset("d/cells", (1, 2), dtype=h5py.ref_dtype)
         references[0] = [file["#refs#/0"].ref, file["#refs#/1"].ref]
+        file["one"] = np.array([[ord(letter)] for letter in "Oz"], dtype=np.uint16)
+        file["one"].attrs["MATLAB_class"] = np.bytes_("char")
         names = file.create_dataset("names", (1, 1), dtype=h5py.ref_dtype)
         names[0, 0] = file["#refs#/name"].ref
     with (tmp_path / "a.mat").open("r+b") as file:
         file.write(b"MATLAB 7.3 MAT-file")
     with opened(tmp_path / "a.mat") as container:
-        assert container.children(()) == ["d", "names"]
+        assert container.children(()) == ["d", "names", "one"]
         assert container.children(("d", "cells")) == ["1", "2"]
         assert container.texts(("names",)) == ["Cz"]
+        assert container.texts(("one",)) == ["Oz"]
     layout = {"signals": [{**LAYOUT["signals"][0], "path": "d/cells/{trial}"}]}
     recording = read_header(tmp_path / "a.mat", "arrays", layout)
     assert [float(segment.duration) for segment in recording.segments] == [0.1, 0.2]

@@ -12,7 +12,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 
 from engine.read import read_header, read_signals, sniff
 from engine.recording import Segment
+from engine.windows import window_recording
+from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
+from manifests.recipes import load_recipe
 
 REAL = "ecg_dicom/anonymous_ecg.dcm"
 
@@ -80,6 +83,25 @@ def test_a_real_ecg_is_what_pydicom_gives(shared_data):
     beat = read_header(path, "dicom", {"groups": [1]})
     assert beat.duration * 1000 == 1200
     assert np.array_equal(read_signals(beat, [11])[0], dataset.waveform_array(1)[:, 11])
+
+
+def test_a_real_ecg_becomes_a_window(shared_data):
+    corpus = Corpus(
+        id="ecg_dicom",
+        title="one ECG",
+        licence="MIT",
+        access="open",
+        reader="dicom",
+        files=["*.dcm"],
+        subject={"pattern": "^(?P<subject>[^.]+)"},
+        channels={"Lead I (Einthoven)": "ecg:I"},
+    )
+    path = shared_data / REAL
+    (window,) = window_recording(path, corpus=corpus, recipe=load_recipe("ecg500"), root=path.parent)
+    assert window.arrays["ecg"].shape == (12, 5000)
+    tags = window.meta["ucs"]["ecg"]
+    assert [tag["symbol"] for tag in tags[:4]] == ["ecg:I", "ecg:II", "ecg:III", "ecg:aVR"]
+    assert 0.1 < tags[1]["sd"] < 1.0  # mV
 
 
 def test_sensitivity_correction_baseline_and_padding(tmp_path):
