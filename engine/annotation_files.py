@@ -15,6 +15,7 @@ from defusedxml import DefusedXmlException, ElementTree
 from engine.annotation_tables import clock_seconds, duration_seconds, nearest_clock, number_of
 from engine.label_files import read_bytes, read_text
 from engine.readers import edf
+from engine.readers.physionet_annotations import read_marks
 from engine.recording import Annotation, Recording
 from manifests.errors import RecordingError
 
@@ -38,17 +39,11 @@ def wfdb_file(recording: Recording, path: Path) -> list[Annotation]:
 
     Source: https://wfdb.io/spec/annotation-files.html.
     """
-    import wfdb  # noqa: PLC0415 - it loads pandas, which few recordings need
-
-    try:
-        found = wfdb.rdann(str(path.with_suffix("")), path.suffix[1:])
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise RecordingError("ANNOTATION_INVALID", f"{path}: not a WFDB annotation file: {error}") from error
-    rate = Fraction(str(found.fs)).limit_denominator(1_000_000) if found.fs else recording.channels[0].rate
-    notes = [(note or "").strip(" \0") for note in found.aux_note or []]
+    marks, stated = read_marks(read_bytes(path), path)
+    rate = stated or (recording.channels[0].rate if recording.channels else Fraction(1))
     # CPSC 2021 writes Python's None as the text of a beat without a note.
-    texts = [symbol if note in {"", "None"} else note for note, symbol in zip(notes, found.symbol or [], strict=True)]
-    onsets = [int(sample) / rate for sample in found.sample]
+    texts = [mark.symbol if mark.note in {"", "None"} else mark.note for mark in marks]
+    onsets = [mark.sample / rate for mark in marks]
     return _closed(list(zip(onsets, texts, strict=True)), _end(recording))
 
 

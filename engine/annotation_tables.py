@@ -37,7 +37,9 @@ def table(recording: Recording, path: Path, rule: AnnotationRule) -> list[Annota
             "ANNOTATION_INVALID", f"{path}: times of day, but {recording.path.name} does not say when it began"
         )
     start = previous
-    times = _Times(path=path, rule=rule, table=columns, rate=recording.channels[0].rate)
+    times = _Times(
+        path=path, rule=rule, table=columns, rate=recording.channels[0].rate if recording.channels else Fraction(1)
+    )
     for number, cells in rows:
         onset = previous = times.at(cells["onset"], previous, number)
         duration = Fraction(0)

@@ -11,6 +11,7 @@ import hashlib
 import re
 import shutil
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -96,6 +97,7 @@ def select(names: Sequence[str], corpus: Corpus, *, only: Sequence[str] = (), li
     def fits(name: str, patterns: Sequence[str]) -> bool:
         return any(glob_matches(name.split("/"), pattern.split("/")) for pattern in patterns)
 
+    listed = set(names)
     recordings = sorted(name for name in names if fits(name, corpus.files) and not fits(name, corpus.exclude))
     if only:
         recordings = [name for name in recordings if fits(name, only)]
@@ -103,18 +105,14 @@ def select(names: Sequence[str], corpus: Corpus, *, only: Sequence[str] = (), li
     others = [name for name in names if fits(name, only)] if limit is None else []
     if not recordings and not others:
         return []
-    by_folder: dict[str, list[str]] = {}
-    for name in names:
-        by_folder.setdefault(str(PurePosixPath(name).parent), []).append(name)
+    ordered = sorted(names)
     wanted = {*recordings, *others}
     for name in recordings:
-        path = PurePosixPath(name)
-        wanted.update(other for other in by_folder[str(path.parent)] if _has_stem(other, path.stem))
-        patterns = names_of_labels(name, corpus)
-        folders = {str(PurePosixPath(pattern).parent) for pattern in patterns}
-        wanted.update(
-            other for folder in folders for other in by_folder.get(folder, ()) if fits(other, sorted(patterns))
-        )
+        wanted.update(_of_stem(ordered, str(PurePosixPath(name).with_suffix(""))))
+        for label in names_of_labels(name, corpus):
+            folder = label.rpartition("/")[0]
+            siblings = _beginning(ordered, f"{folder}/" if folder else "") if label not in listed else ()
+            wanted.update([label] if label in listed else [other for other in siblings if fits(other, [label])])
     wanted.update(name for name in names if fits(name, [*corpus.side_files, *_FOR_EVERYONE]))
     return sorted(wanted)
 
@@ -331,10 +329,14 @@ def _staged(name: str) -> str:
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.whole"
 
 
-def _has_stem(name: str, stem: str) -> bool:
-    """Whether a file carries a recording's stem: `SC4001E0.hyp`, `a.edf.st` and `a_events.tsv`, not `a1.edf`."""
-    file = PurePosixPath(name).name
-    return file.startswith(stem) and not file[len(stem) : len(stem) + 1].isalnum()
+def _beginning(ordered: Sequence[str], prefix: str) -> Sequence[str]:
+    """Names, of a sorted list, that begin so."""
+    return ordered[bisect_left(ordered, prefix) : bisect_left(ordered, prefix + "\U0010ffff")]
+
+
+def _of_stem(ordered: Sequence[str], stem: str) -> list[str]:
+    """Files that carry a recording's stem: `SC4001E0.hyp`, `a.edf.st` and `a_events.tsv`, not `a1.edf`."""
+    return [name for name in _beginning(ordered, stem) if not name[len(stem) : len(stem) + 1].isalnum()]
 
 
 def _check_name(name: str, *, where: str) -> None:

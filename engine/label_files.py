@@ -73,11 +73,12 @@ def label_files(path: Path, corpus: Corpus) -> list[Path]:
 
 
 def names_of_labels(name: str, corpus: Corpus) -> list[str]:
-    """Globs of the label files of a recording, all relative to the corpus' root, before any file is there."""
+    """Names or globs of a recording's label files relative to the corpus' root, before any file is there."""
     found: list[str] = []
     for rule in corpus.annotation_rules:
         if rule.source in FILE_SOURCES:
-            path = Path(name).parent / _filled(Path(name), rule, corpus)
+            is_glob = glob.has_magic(rule.pattern or "")
+            path = Path(name).parent / _filled(Path(name), rule, corpus, escape=is_glob)
             found.append(posixpath.normpath(path.as_posix()))
     return found
 

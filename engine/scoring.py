@@ -92,7 +92,7 @@ def score(intervals: Sequence[Annotation], segments: Sequence[Segment], epoch_s:
     stages = [piece for run in runs for piece in _whole_epochs(run, epoch_s)]
     scored = [stage for stage in stages if stage.text != UNSCORED]
     claimed_s = _total(scored)
-    inside_s = sum((_overlap(stage, segment) for stage in scored for segment in segments), Fraction(0))
+    inside_s = _shared(scored, segments)
     duration = sum((segment.duration for segment in segments), Fraction(0))
     if claimed_s and not inside_s:
         first, last = scored[0].onset, scored[-1].onset + scored[-1].duration
@@ -162,9 +162,15 @@ def _whole_epochs(run: Annotation, epoch_s: int) -> list[Annotation]:
     return [Annotation(onset=run.onset, duration=whole, text=run.text), rest] if whole else [rest]
 
 
-def _overlap(stage: Annotation, segment: Segment) -> Fraction:
-    stop = min(stage.onset + stage.duration, segment.start + segment.duration)
-    return max(Fraction(0), stop - max(stage.onset, segment.start))
+def _shared(stages: Sequence[Annotation], segments: Sequence[Segment]) -> Fraction:
+    """Time that lies in a stage and in a segment; both are in time order and disjoint, so one pass does."""
+    shared_s, i, j = Fraction(0), 0, 0
+    while i < len(stages) and j < len(segments):
+        stage_end = stages[i].onset + stages[i].duration
+        segment_end = segments[j].start + segments[j].duration
+        shared_s += max(Fraction(0), min(stage_end, segment_end) - max(stages[i].onset, segments[j].start))
+        i, j = (i + 1, j) if stage_end <= segment_end else (i, j + 1)
+    return shared_s
 
 
 def _total(intervals: Sequence[Annotation]) -> Fraction:

@@ -166,3 +166,17 @@ def test_a_chb_mit_seizure_lasts_to_its_closing_bracket(tmp_path: Path) -> None:
     found = read_labels(recording(tmp_path / "a.edf"), corpus({**rule, "map": {"[": "seizure", "]": None}}))
     assert spans(found.events) == [(10, 15, "seizure"), (60, 10, "seizure")]
     assert read_labels(recording(tmp_path / "b.edf"), corpus(rule)).missing == ("wfdb",)
+
+
+def test_a_damaged_annotation_file_is_refused(tmp_path: Path) -> None:
+    path = write_arousal(tmp_path, [(10.0, "W"), (20.0, "N1")]).with_suffix(".arousal")
+    data = path.read_bytes()
+    refused = 0
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            wfdb_file(recording(path.with_suffix(".hea")), path)
+        except RecordingError as error:
+            assert error.reason == "ANNOTATION_INVALID"  # noqa: PT017 - some bytes may be any
+            refused += 1
+    assert refused > 5
