@@ -1,7 +1,7 @@
 """Which files a corpus and a recording consist of, and what identifies their content."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,7 +29,16 @@ def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
         raise ConfigError(f"{corpus.id}: root {root} is no folder; give the folder that holds its recordings")
     found = {path for pattern in corpus.files for path in root.glob(pattern) if path.is_file() or is_mff(path)}
     found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
+    refuse_foreign_names(found, corpus.id)
     return [recording for path in sorted(found) for recording in _listed(path, corpus)]
+
+
+def refuse_foreign_names(paths: Iterable[Path], where: str) -> None:
+    """Raise `ConfigError` for names that are no UTF-8, as old archives leave them: no ledger could hold them."""
+    for path in paths:
+        if str(path) != str(path).encode(errors="ignore").decode():
+            shown = str(path).encode(errors="backslashreplace").decode()
+            raise ConfigError(f"{where}: the name of {shown} is no UTF-8; rename it (convmv -t utf8) or leave it out")
 
 
 def _listed(path: Path, corpus: Corpus) -> list[Path]:

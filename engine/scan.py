@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.config import Source
 from engine.copies import local_copy, local_tables
-from engine.files import companions, corpus_files, identity_of, is_unlisted
+from engine.files import companions, corpus_files, identity_of, is_unlisted, refuse_foreign_names
 from engine.read import read_header, sniff
 from engine.recording import MEMBER_MARK, Channel, Recording
 from engine.scan_cache import ScanCache
@@ -395,6 +395,7 @@ def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
     found = {
         path: reader for path in paths if (path.is_file() or path.is_dir()) and (reader := sniff(path)) is not None
     }
+    refuse_foreign_names(found, "scan")
     parts = {path: set(companions(path, reader)) - {path} for path, reader in found.items()}
     inside = {part for path, named in parts.items() for part in named if path not in parts.get(part, ())}
     yield from ((path, reader) for path, reader in found.items() if path not in inside)

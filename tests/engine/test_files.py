@@ -1,10 +1,12 @@
 """Which files a recording consists of and what identifies them."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from engine.files import companions, corpus_files, identity_of
+from engine.scan import scan_folder
 from manifests.corpora import load_corpus
 from manifests.errors import ConfigError
 
@@ -37,3 +39,15 @@ def test_a_missing_root_is_refused(tmp_path: Path) -> None:
 def test_excluded_files_are_not_scanned(tiny_root: Path) -> None:
     corpus = load_corpus("synthetic_psg").model_copy(update={"exclude": ["psg/sub-001/*"]})
     assert len(corpus_files(corpus, tiny_root)) == len(corpus_files(load_corpus("synthetic_psg"), tiny_root)) - 1
+
+
+def test_names_that_are_no_utf_8_are_refused_before_anything_is_hashed(tiny_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "psg" / "sub-001"
+    root.mkdir(parents=True)
+    (root / os.fsdecode(b"M\xfcller_psg.edf")).write_bytes(b"0")
+    with pytest.raises(ConfigError, match=r"M\\udcfcller_psg.edf is no UTF-8; rename"):
+        corpus_files(load_corpus("synthetic_psg"), tmp_path)
+    with pytest.raises(ConfigError, match="is no UTF-8"):
+        scan_folder(tmp_path)
+    (root / os.fsdecode(b"M\xfcller_psg.edf")).rename(root / "Müller_psg.edf")
+    assert len(corpus_files(load_corpus("synthetic_psg"), tmp_path)) == 1
