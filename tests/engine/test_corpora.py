@@ -347,3 +347,28 @@ def test_dreamer_is_read_person_by_person(tmp_path: Path) -> None:
     assert texts == [{"low_valence", "low_arousal"}, {"high_valence", "high_arousal"}]
     samples = window_recording(tmp_path / "DREAMER.mat#1", corpus=corpus, recipe=load_recipe("eeg200"), root=tmp_path)
     assert sum(1 for _ in samples) == 18 * (65 // 4)
+
+
+def test_a_bids_data_set_is_read_with_its_events(tmp_path: Path) -> None:
+    folder = tmp_path / "sub-A1/ses-2/eeg"
+    write_edf(folder / "sub-A1_ses-2_task-rest_run-1_eeg.edf", ["Fp1", "Fp2", "Oz"])
+    events = "onset\tduration\ttrial_type\n10.0\t5.0\tblink\n"
+    (folder / "sub-A1_ses-2_task-rest_run-1_events.tsv").write_text(events, encoding="utf-8")
+    row, labels = read("bids_eeg", tmp_path, "sub-A1/ses-2/eeg/sub-A1_ses-2_task-rest_run-1_eeg.edf")
+    assert [channel.symbol for channel in row.channels] == ["eeg:Fp1", "eeg:Fp2", "eeg:Oz"]
+    assert labels.unmapped == {"blink": 1}
+
+
+@pytest.mark.parametrize(("name", "count"), [("cpsc2018", 4), ("g12ec", 45), ("chapman", 20)])
+def test_real_records_of_the_challenge_are_read_by_their_source(name: str, count: int, shared_data: Path) -> None:
+    root, corpus = shared_data / "challenge2021_12lead", load_corpus(name)
+    rows = scan([Source(corpus=name, root=root)]).rows
+    assert len(rows) >= count
+    for row in rows:
+        if row.reason == "KNOWN_BAD":
+            assert row.path == "E/E07510.hea"
+            continue
+        assert_no_label_is_unknown(name, row)
+        labels = read_labels(read_header(root / row.path, "wfdb"), corpus)
+        assert labels.classes
+        assert not labels.unmapped
