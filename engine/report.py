@@ -11,6 +11,7 @@ import mne
 from matplotlib.figure import Figure
 
 from engine.preview import draw_window, read_window
+from engine.quarantine import read_waivers
 from engine.report_data import (
     ReportData,
     channels_by_recording,
@@ -123,7 +124,11 @@ def _add_content(report: mne.Report, data: ReportData) -> None:
 def _add_losses(report: mne.Report, data: ReportData) -> None:
     caption = "What came in, what was lost for which reason, what is left."
     _add_figure(report, draw_losses(losses(data)), "From files to windows", section="Losses", caption=caption)
+    waivers = read_waivers(data.folder)
     quarantine = [item.model_dump() for commit in data.commits for item in commit.quarantine]
+    for row in quarantine if waivers else ():
+        waiver = waivers.get((row["corpus"], row["path"], row["reason"]))
+        row["waived"] = f"{waiver.note} ({waiver.time[:10]})" if waiver else ""
     quarantine.sort(key=lambda row: (row["reason"], row["corpus"], row["path"]))
     html = html_table(quarantine, code=("path", "command")) if quarantine else _note("No recording was quarantined.")
     _add_html(report, html, f"Quarantine ({len(quarantine):,})", section="Losses")
