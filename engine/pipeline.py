@@ -26,11 +26,12 @@ from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import append_progress
 from engine.lock import locked
 from engine.plan import PlanItem, Unit
-from engine.storage import writable
+from engine.storage import is_remote, remove_dead_work, work_folder, writable
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_STORE_POLL_S = 5.0  # each look at a store is a request
 
 
 class ConvertActor:
@@ -38,6 +39,9 @@ class ConvertActor:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._context = Context.of(ConvertConfig.model_validate(config))
+        settings = self._context.config
+        if is_remote(settings.output):
+            remove_dead_work(work_folder(settings.output, settings.scratch))
         self._sandbox = self._context.sandbox()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,15 +92,17 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(meter: Progress, progress: Callable[[ProgressRow], None] | None) -> Iterator[None]:
-    """Call `progress` about twice a second from a thread, and once more at the end."""
+def _watched(
+    meter: Progress, progress: Callable[[ProgressRow], None] | None, *, poll_s: float = _POLL_S
+) -> Iterator[None]:
+    """Call `progress` every `poll_s` s from a thread, and once more at the end."""
     if progress is None:
         yield
         return
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(_POLL_S):
+        while not stop.wait(poll_s):
             progress(meter.row())
 
     thread = threading.Thread(target=poll, daemon=True)
@@ -143,7 +149,7 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
 
     Args:
         config: The conversion.
-        progress: Called from a thread about twice a second, and once at the end.
+        progress: Called from a thread about twice a second (every 5 s on a store), and once at the end.
 
     Raises:
         ConfigError: Wrong configuration, or another conversion writes to the same folder.
@@ -153,7 +159,9 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
         _, units = prepare(config)
         todo = pending(config.output, units, limits_of(config), recheck=config.recheck)
         if todo:
-            with _ray(config.num_cpus), _quiet(), _watched(Progress(config.output, units, todo), progress):
+            poll_s = _STORE_POLL_S if is_remote(config.output) else _POLL_S
+            meter = Progress(config.output, units, todo)
+            with _ray(config.num_cpus), _quiet(), _watched(meter, progress, poll_s=poll_s):
                 _convert_units(config, todo)
         check_lock()
         return finalise(config, units)

@@ -170,9 +170,11 @@ def plan_rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
 
 
 def write_plan(output: Path, units: Sequence[Unit]) -> None:
-    """Write `plan.jsonl`, one unit a line."""
-    lines = [json.dumps(asdict(unit), sort_keys=True) for unit in units]
-    write_atomically(output / PLAN_FILE, "".join(f"{line}\n" for line in lines))
+    """Write `plan.jsonl`, one unit a line; one that says the same already is left alone."""
+    text = "".join(json.dumps(asdict(unit), sort_keys=True) + "\n" for unit in units)
+    path = output / PLAN_FILE
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
 
 
 def read_plan(output: Path) -> list[Unit]:

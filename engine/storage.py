@@ -12,6 +12,7 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import fsspec
+import psutil
 from pydantic import PlainSerializer, PlainValidator, SerializationInfo
 from upath import UPath
 
@@ -157,6 +159,17 @@ def work_folder(output: Path, scratch: Path | None = None) -> Path:
     return (scratch or Path(tempfile.gettempdir())) / f"kymo-{name}"
 
 
+def remove_dead_work(work: Path) -> None:
+    """Remove folders of processes of this host that were killed, named `UNIT-PID` as `convert_unit` names them.
+
+    A work folder on a local disk is seen by its own node only, so whoever starts a conversion cannot clean it.
+    """
+    for path in work.glob("*-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def sizes_in(folder: Path) -> dict[str, int]:
     """Name and size in bytes of every file directly in a folder, by one listing; empty for no folder."""
     try:
@@ -225,6 +238,9 @@ def download(source: Path, target: Path) -> None:
 
 def upload(source: Path, target: Path) -> None:
     """Copy a local file to an object, which appears whole or not at all; its size checked.
+
+    A process that is killed meanwhile may leave parts of a multipart upload, which no listing shows and which cost
+    money: give the bucket a lifecycle rule that aborts incomplete uploads.
 
     Raises:
         ConfigError: The store does not answer, or holds another number of bytes.

@@ -23,7 +23,20 @@ from engine.files import corpus_files, identity_of
 from engine.heartbeat import Pulse, append_progress, read_heartbeat, read_progress
 from engine.lock import Holder, locked
 from engine.plan import read_plan
-from engine.storage import download, glob_matches, is_remote, location, read_ranges, sizes_in, upload, work_folder
+from engine.preview import first_key, read_window
+from engine.report_data import read_report_data
+from engine.status import status
+from engine.storage import (
+    download,
+    glob_matches,
+    is_remote,
+    location,
+    read_ranges,
+    remove_dead_work,
+    sizes_in,
+    upload,
+    work_folder,
+)
 from engine.verify import verify
 from manifests.config import dump_yaml, load_config
 from manifests.corpora import load_corpus
@@ -126,6 +139,15 @@ def test_spool_files_lie_on_a_local_disk(tmp_path: Path) -> None:
     assert not is_remote(work_folder(location("s3://lab/a")))
 
 
+def test_work_of_dead_processes_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in (f"u-{ended.pid}", f"u-{os.getpid()}", "scan-abc"):
+        (tmp_path / name).mkdir()
+    remove_dead_work(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"u-{os.getpid()}", "scan-abc"}
+
+
 def test_identities_are_equal_on_disk_and_store(raw: Path, tiny_root: Path) -> None:
     for name in ("synthetic_psg", "synthetic_ecg"):
         corpus = load_corpus(name)
@@ -169,10 +191,16 @@ def test_store_to_store_and_store_to_disk_give_the_digest_of_the_disk(
         assert convert_all(config).counts == result.counts
     assert copied == [f"{raw}/psg/sub-004/sub-004_psg.edf"]
     after = {str(path): path.stat().st_mtime for path in config.output.glob("**/*") if path.is_file()}
-    assert {name for name in after if after[name] != before.get(name)} <= {f"{config.output}/plan.jsonl"}
+    header = {f"{config.output}/version.json"}  # names the state of the checkout, which may change meanwhile
+    assert {name for name in after if after[name] != before.get(name)} <= header
 
     local = on_store(converted, tmp_path / "local", raw)
     assert convert_all(local).snapshot == result.snapshot
+
+    assert first_key(str(config.output)) == first_key(converted.output)
+    assert read_window(config.output, first_key(config.output))[1]["key"] == first_key(config.output)
+    assert read_report_data(config.output).samples.equals(read_report_data(converted.output).samples)
+    assert status(config.output).is_final
 
     shard = config.output / expected.shards[0].path
     content = bytearray(shard.read_bytes())
