@@ -351,6 +351,9 @@ def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[
                 f"sources: {corpus.id} and {other} hold recordings of the same persons under names that cannot be "
                 f"joined ({corpus.overlaps[other].note}), so a person could be in two splits; convert one of them"
             )
+        for other in sorted(set(ids) & set(corpus.overlaps)):
+            if corpus.overlaps[other].relation in ("subset", "same"):
+                logger.warning("%s is part of %s: its recordings come twice", corpus.id, other)
     return loaded
 
 

@@ -101,8 +101,11 @@ def test_a_source_may_ask_for_the_published_split(tmp_path: Path) -> None:
         splits(split="mine")
 
 
-def test_corpora_whose_shared_persons_cannot_be_joined_are_refused(tmp_path: Path) -> None:
+def test_corpora_whose_shared_persons_cannot_be_joined_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sources = [Source(corpus=name, root=tmp_path) for name in ("ptbxl", "challenge2021")]
     with pytest.raises(ConfigError, match=r"ptbxl and challenge2021 hold recordings of the same persons"):
         load_sources(sources)
     assert len(load_sources([Source(corpus=name, root=tmp_path) for name in ("tueg", "tuab")])) == 2
+    assert caplog.messages == ["tuab is part of tueg: its recordings come twice"]
