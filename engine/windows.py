@@ -7,7 +7,7 @@ signal.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -80,44 +80,55 @@ def _index(seconds: Fraction, rate: Fraction, *, down: bool) -> int:
     return whole if down or not rest else round(seconds * rate)
 
 
-@dataclass(slots=True)
-class _Cut:
-    """What is cut out for one window: arrays and tags by kind, tags as JSON text, share of bad samples per channel."""
+class _Kind:
+    """Channels of one kind that share a rate, ready to be cut: what a window without faults says is made once."""
 
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    tags: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
-    bad: list[float] = field(default_factory=list)
+    def __init__(self, name: str, rows: Sequence[Row], recipe: Recipe) -> None:
+        self.name = name
+        self._rows = rows
+        self._recipe = recipe
+        self._length = recipe.window_samples(rows[0].rate)
+        self._tags = [_with_faults(row, 0.0, 0.0, 0.0) for row in rows]
+        self._doubtful = [number for number, row in enumerate(rows) if not row.bad.is_clean]
 
-    def add(self, kind: str, members: Sequence[Row], place: _Place, recipe: Recipe) -> None:
-        """Cut a window out of the channels of one kind, which share a rate."""
-        rate = members[0].rate
-        length = recipe.window_samples(rate)
+    def cut(self, place: _Place) -> "_Cut":
+        """The channels within one window."""
         # Where a window is no whole number of samples, rounding up could lead one sample past the segment's end.
-        offset = _index(place.within, rate, down=recipe.is_native)
-        array = np.empty((len(members), length), dtype=np.int16)
-        tags: list[dict[str, Any]] = []
-        texts: list[str] = []
-        for number, row in enumerate(members):
-            start = row.segments[place.segment] + offset
-            array[number] = row.samples[start : start + length]
-            flat, clipped, nan = 0.0, 0.0, 0.0
-            if not row.bad.is_clean:
-                native = row.native_segments[place.segment] + _index(place.within, row.native_rate, down=True)
-                flat, clipped, nan = row.bad.shares(
-                    (native, native + recipe.window_samples(row.native_rate)), (start, start + length)
-                )
-            tags.append({**row.tag, "flat": flat, "clipped": clipped, "nan": nan})
-            texts.append(f'{row.text},"flat":{flat},"clipped":{clipped},"nan":{nan}}}')
-            self.bad.append(min(1.0, flat + clipped + nan))
-        self.arrays[kind] = array
-        self.tags[kind] = tags
-        self.texts.append(f'"{kind}":[{",".join(texts)}]')
+        offset = _index(place.within, self._rows[0].rate, down=self._recipe.is_native)
+        array = np.empty((len(self._rows), self._length), dtype=np.int16)
+        for number, row in enumerate(self._rows):
+            start = min(row.segments[place.segment] + offset, row.samples.size - self._length)
+            array[number] = row.samples[start : start + self._length]
+        tags, bad = self._tags, 0.0
+        for number in self._doubtful:
+            if any(shares := self._shares(self._rows[number], place, offset)):
+                tags = tags.copy() if tags is self._tags else tags
+                tags[number] = _with_faults(self._rows[number], *shares)
+                bad += min(1.0, sum(shares))
+        return _Cut(array=array, tags=[tag for tag, _ in tags], text=",".join(text for _, text in tags), bad=bad)
 
-    @property
-    def quality(self) -> float:
-        """Share of good channel-samples."""
-        return round(1.0 - math.fsum(self.bad) / len(self.bad), 4)
+    def _shares(self, row: Row, place: _Place, offset: int) -> tuple[float, float, float]:
+        native = row.native_segments[place.segment] + _index(place.within, row.native_rate, down=True)
+        start = row.segments[place.segment] + offset
+        return row.bad.shares(
+            (native, native + self._recipe.window_samples(row.native_rate)), (start, start + self._length)
+        )
+
+
+def _with_faults(row: Row, flat: float, clipped: float, nan: float) -> tuple[dict[str, Any], str]:
+    """Tag of a channel within a window, and the same as JSON."""
+    text = f'{row.text},"flat":{flat},"clipped":{clipped},"nan":{nan}}}'
+    return {**row.tag, "flat": flat, "clipped": clipped, "nan": nan}, text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """One kind of a window: array (C, T), tags, the tags as JSON, and the sum of the channels' bad shares."""
+
+    array: np.ndarray
+    tags: list[dict[str, Any]]
+    text: str
+    bad: float
 
 
 def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: Fraction | int) -> dict[str, Any]:
@@ -215,6 +226,7 @@ def window_recording(
         )
     labels = read_labels(recording, corpus)
     losses.unmapped.update(labels.unmapped)
+    losses.labels.update(labels.record())
     common = {
         **identity,
         "mains_hz": corpus.mains_hz,
@@ -222,12 +234,15 @@ def window_recording(
         "ucs_version": UCS_VERSION,
     }
     groups = by_rate_and_kind(rows_of(recording, corpus, recipe, losses), recipe)
-    axes = [(_Axis.of(recipe, rate), rows) for rate, rows in groups.items()]
+    axes = [
+        (_Axis.of(recipe, rate), [_Kind(kind, members, recipe) for kind, members in rows.items()])
+        for rate, rows in groups.items()
+    ]
     for place in places:
         if trials := corpus.split.trials:
             common["split"] = trial_split(labels, trials, place.start, window_s=recipe.window_s)
-        for axis, rows in axes:
-            sample = _sample(place, rows, axis, labels, recipe=recipe, common=common)
+        for axis, kinds in axes:
+            sample = _sample(place, kinds, axis, labels, recipe=recipe, common=common)
             if sample.meta["quality"] < recipe.min_quality:
                 losses.dropped["quality"] += 1
             elif recipe.keep == "labelled" and not _is_labelled(sample.meta["labels"]):
@@ -238,7 +253,7 @@ def window_recording(
 
 def _sample(
     place: _Place,
-    rows: Mapping[str, Sequence[Row]],
+    kinds: Sequence[_Kind],
     axis: _Axis,
     labels: Labels,
     *,
@@ -246,9 +261,10 @@ def _sample(
     common: Mapping[str, Any],
 ) -> Sample:
     """One window of the channels of one time axis."""
-    cut = _Cut()
-    for kind, members in rows.items():
-        cut.add(kind, members, place, recipe)
+    cuts = {kind.name: kind.cut(place) for kind in kinds}
+    num_channels = sum(len(cut.tags) for cut in cuts.values())
+    quality = round(1.0 - math.fsum(cut.bad for cut in cuts.values()) / num_channels, 4)
+    tags = ",".join(f'"{kind}":[{cut.text}]' for kind, cut in cuts.items())
     start = _index(place.start, axis.rate, down=True)
     key = f"{common['corpus']}-{common['subject']}-{common['recording']}-{start:010d}{axis.suffix}"
     meta = {
@@ -257,8 +273,8 @@ def _sample(
         "start": start,
         "length": axis.length,
         "rate": list(axis.rate.as_integer_ratio()),
-        "quality": cut.quality,
-        "ucs": cut.tags,
+        "quality": quality,
+        "ucs": {kind: cut.tags for kind, cut in cuts.items()},
         "labels": window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=axis.rate),
     }
-    return Sample(key=key, arrays=cut.arrays, meta=meta, tags=f"{{{','.join(cut.texts)}}}")
+    return Sample(key=key, arrays={kind: cut.array for kind, cut in cuts.items()}, meta=meta, tags=f"{{{tags}}}")
