@@ -1,115 +1,99 @@
-"""Recorded hours converted per CPU-second: kymo beside a plain mne + h5py script on the same synthetic night.
+"""CPU seconds per recording: kymo's whole conversion beside what others do with the same file, one pinned core.
 
-Both read the same EDF (8 h: 6 EEG/EOG and 2 EMG at 256 Hz, ECG at 512 Hz, 4 respiration at 32 Hz), apply the band
-and notch of recipe sleep128, resample to 128 Hz, cut 30-s windows and write them. The script does what scripts of
-this field do: one mne Raw per rate (a single one would upsample every channel to 512 Hz and take minutes), FIR
-filters with mne's defaults, one HDF5 data set per kind and gzip level 4.
+Work: an 8-h night (14 signals at 1 to 512 Hz) to 128 Hz, and 2 h of 21-channel clinical EEG at 256 and 250 Hz to
+0.1-75 Hz, mains notch, 200 Hz. kymo does all that it always does: scan, plan, sandbox, checks, tags, hashes, shards,
+snapshot. The peers (`benchmarks/peers.py`) do what their repositories do, imports not counted. `limit` is decoding, the
+transforms, hashing and writing alone. Contenders take turns; the table has medians. Then: one core against two, Ray
+against none, and what 100,000 hours would take.
 
-Run: python benchmarks/convert.py [--hours 8] [--runs 3]. Takes about a minute on one core.
+    python benchmarks/convert.py [--fast] [--runs 3] [--out FOLDER]
+
+`--fast` measures a slow peer once and takes under five minutes. Quote ratios: machines differ and are noisy.
 """
 
 import argparse
+import hashlib
+import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
-import edfio
-import h5py
-import mne
+import inputs
 import numpy as np
+import peers
+from scipy import fft
 
+from engine import pipeline
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
+from engine.read import read_header, read_signals
 from engine.sandbox import Sandbox
+from engine.scan import resolve_channels
 from manifests.config import dump_yaml
+from manifests.corpora import Corpus
 from manifests.recipes import load_recipe
 
-SIGNALS = {
-    **dict.fromkeys(("EEG F3-M2", "EEG C3-M2", "EEG O1-M2", "EEG C4-M1"), ("eeg", 256, "uV", 40.0)),
-    **dict.fromkeys(("EOG E1-M2", "EOG E2-M2"), ("eog", 256, "uV", 80.0)),
-    **dict.fromkeys(("EMG chin", "EMG leg left"), ("emg", 256, "uV", 20.0)),
-    "ECG II": ("ecg", 512, "mV", 0.4),
-    **dict.fromkeys(("Flow", "Nasal Pressure", "Thorax", "Abdomen"), ("resp", 32, "", 100.0)),
+RECIPES = {"psg": "sleep128", "eeg256": "eeg200", "eeg250": "eeg200"}
+CONTENDERS = {
+    "psg": ("kymo", "limit", "sleepfm", "pyedflib+scipy psg"),
+    "eeg256": ("kymo", "limit", "labram", "pyedflib+scipy", "braindecode"),
+    "eeg250": ("kymo", "limit", "labram", "pyedflib+scipy"),
 }
-MAINS_HZ = 50
+SLOW = frozenset({"sleepfm"})
+UNITS = 4
+PRICE_PER_CORE_HOUR = 0.0504  # USD, AWS m7i.large on demand in us-east-1: 0.1008 an hour for 2 vCPUs
+BLOCK = 1 << 15
 
 
-def write_night(path: Path, hours: float) -> None:
-    """Coloured noise with mains hum as one EDF."""
-    rng = np.random.default_rng(0)
-    signals = []
-    for label, (_, rate, unit, sd) in SIGNALS.items():
-        num_samples = int(hours * 3600) * rate
-        noise = rng.standard_normal(num_samples, dtype=np.float32)
-        noise = np.convolve(noise, np.ones(8, dtype=np.float32) / 3, mode="same")
-        hum = np.sin(np.arange(num_samples, dtype=np.float32) * (2 * np.pi * MAINS_HZ / rate)) if rate > 100 else 0.0
-        limit = 20 * sd
-        signals.append(
-            edfio.EdfSignal(
-                sd * (noise + 0.3 * hum), rate, label=label, physical_dimension=unit, physical_range=(-limit, limit)
-            )
-        )
-    path.parent.mkdir(parents=True)
-    edfio.Edf(signals).write(path)
+def write_corpus(folder: Path) -> Path:
+    """Corpus file of the recordings in a folder."""
+    path = folder / "bench.yaml"
+    path.write_text(dump_yaml(inputs.corpus_of("bench")), encoding="utf-8")
+    return path
 
 
-def convert_with_kymo(folder: Path, output: Path) -> None:
-    """Scan, plan, convert and finalise, every check switched on, in this process and its sandbox."""
-    corpus = folder / "bench.yaml"
-    corpus.write_text(
-        dump_yaml(
-            {
-                "id": "bench",
-                "title": "bench",
-                "licence": "none",
-                "access": "none",
-                "reader": "edf",
-                "files": ["*/*.edf"],
-                "subject": {"pattern": r"^(?P<subject>\w+)/"},
-                "channels": {"Flow": "resp:flow"},
-                "mains_hz": MAINS_HZ,
-            }
-        ),
-        encoding="utf-8",
-    )
-    config = ConvertConfig(output=output, recipe="sleep128", sources=[Source(corpus=str(corpus), root=folder)])
-    result = convert_all(config)
-    if result.snapshot is None:
-        raise SystemExit(f"kymo rejected the night: {result.quarantine}")
+def config_of(folder: Path, output: Path, recipe: str, **changes: object) -> ConvertConfig:
+    """Conversion of all recordings of a folder."""
+    sources = [Source(corpus=str(write_corpus(folder)), root=folder)]
+    return ConvertConfig.model_validate({"output": output, "recipe": recipe, "sources": sources, **changes})
 
 
-def convert_with_mne(path: Path, output: Path) -> None:
-    """The plain script."""
-    recipe = load_recipe("sleep128")
-    by_kind: dict[str, list[str]] = defaultdict(list)
-    for label, (kind, *_) in SIGNALS.items():
-        by_kind[kind].append(label)
-    with h5py.File(output, "w") as file:
-        for kind, labels in by_kind.items():
-            rule = recipe.kinds[kind]
-            raw = mne.io.read_raw_edf(path, include=labels, preload=True, verbose="error")
-            nyquist = raw.info["sfreq"] / 2
-            if rule.notch:
-                raw.notch_filter(np.arange(MAINS_HZ, nyquist, MAINS_HZ), picks="all", verbose="error")
-            high_hz = rule.high_hz if rule.high_hz and rule.high_hz < nyquist else None
-            raw.filter(rule.low_hz, high_hz, picks="all", verbose="error")
-            raw.resample(rule.rate_hz, verbose="error")
-            data = raw.get_data()
-            length = rule.rate_hz * recipe.window_s
-            windows = data[:, : data.shape[1] // length * length].reshape(len(labels), -1, length)
-            file.create_dataset(
-                kind,
-                data=windows.transpose(1, 0, 2).astype(np.float32),
-                chunks=(1, len(labels), length),
-                compression="gzip",
-                compression_opts=4,
-            )
+def kymo(folder: Path, output: Path, recipe: str) -> None:
+    """Every step of a conversion, in this process and its sandbox."""
+    result = convert_all(config_of(folder, output / "shards", recipe))
+    if result.snapshot is None or result.quarantine:
+        raise SystemExit(f"kymo rejected a recording: {result.quarantine}")
+
+
+def limit(path: Path, output: Path, recipe_name: str) -> None:
+    """Decoding, one forward and one inverse transform a block, hashing and writing, and nothing else."""
+    recipe = load_recipe(recipe_name)
+    recording = read_header(path, "edf")
+    with path.open("rb") as file:
+        hashlib.file_digest(file, "sha256")
+    sha = hashlib.sha256()
+    with (output / "limit.bin").open("wb") as file:
+        corpus = Corpus.model_validate(inputs.corpus_of("bench"))
+        for channel, tag in resolve_channels(recording, corpus)[0]:
+            if tag.kind not in recipe.kinds:
+                continue
+            (values,) = read_signals(recording, [channel.index])
+            length = int(BLOCK * recipe.kinds[tag.kind].stored_rate(channel.rate) / channel.rate) // 2 * 2
+            for first in range(0, len(values) - 8 * BLOCK + 1, 8 * BLOCK):
+                spectrum = np.asarray(fft.rfft(values[first : first + 8 * BLOCK].reshape(8, BLOCK)))
+                block = np.asarray(fft.irfft(spectrum[:, : length // 2 + 1], n=length)).astype(np.int16).tobytes()
+                sha.update(block)
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cpu_seconds() -> float:
@@ -121,51 +105,226 @@ def cpu_seconds() -> float:
 
 
 def measure(way: str, folder: Path, scratch: Path) -> None:
-    """One run in a process of its own: prints CPU-seconds without imports, and peak memory in MB."""
-    began = cpu_seconds()
-    if way == "start":
-        with Sandbox(time_limit_s=60, memory_limit_gb=4) as sandbox:
-            sandbox.start()
-    elif way == "kymo":
-        convert_with_kymo(folder, scratch / "shards")
-    else:
-        convert_with_mne(next(folder.glob("*/*.edf")), scratch / "windows.h5")
+    """One run in this process, pinned to one core: prints CPU seconds, wall seconds, peak MB, MB written."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    work = folder.name
+    path = next(folder.glob("*/*.edf"))
+    runs: dict[str, Callable[[], None]] = {
+        "kymo": lambda: kymo(folder, scratch, RECIPES[work]),
+        "limit": lambda: limit(path, scratch, RECIPES[work]),
+        "start": start_sandbox,
+    }
+    run = runs.get(way)
+    if run is None:
+        peers.warm_up()
+        run = lambda: peers.PEERS[way](path, scratch)  # noqa: E731 - chosen by name
+    path.read_bytes()  # warm page cache
+    cpu, wall = cpu_seconds(), time.monotonic()
+    run()
+    cpu, wall = cpu_seconds() - cpu, time.monotonic() - wall
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-    print(cpu_seconds() - began, max(peaks) / 1e3, size / 1e6)
+    print(json.dumps({"cpu_s": cpu, "wall_s": wall, "peak_mb": max(peaks) / 1e3, "mb": size / 1e6}))
+
+
+def start_sandbox() -> None:
+    """Start and end the process that decodes: kymo does it once per actor, not once per recording."""
+    with Sandbox(time_limit_s=60, memory_limit_gb=4) as sandbox:
+        sandbox.start()
+
+
+def in_a_process(*words: str) -> dict[str, float]:
+    """Result of this script in a process of its own; what its children print last is JSON."""
+    command = [sys.executable, __file__, *words]
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Median of each column."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def compare(work: str, folder: Path, runs: int, *, fast: bool) -> dict[str, dict[str, float]]:
+    """Medians of all contenders at one kind of work, in alternating runs."""
+    ways = [way for way in ("start", *CONTENDERS[work]) if way != "braindecode" or peers.has_braindecode()]
+    if len(ways) <= len(CONTENDERS[work]) and "braindecode" in CONTENDERS[work]:
+        print("braindecode is not installed: left out", flush=True)
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for number in range(runs):
+        for way, rows in found.items():
+            if not (fast and number and way in SLOW):
+                rows.append(in_a_process("--measure", way, str(folder)))
+                print(f"{work:8}{way:22}{rows[-1]['cpu_s']:8.2f} CPU s", flush=True)
+    return {way: medians(rows) for way, rows in found.items()}
+
+
+def scale(way: str, cores: int, folder: Path, scratch: Path) -> None:
+    """Convert a folder of `UNITS` units on 1 or 2 cores, with Ray or without; prints wall and CPU seconds."""
+    if cores < len(os.sched_getaffinity(0)):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    configs = [
+        config_of(part, scratch / f"{part.name}-{way}", "sleep128", num_cpus=cores, unit_bytes=1000)
+        for part in (sorted(folder.glob("half*")) if way == "plain" else [folder / "all"])
+    ]
+    cpu, wall = cpu_seconds(), time.monotonic()
+    if way == "ray":
+        pipeline.run(configs[0])
+    elif cores == 1:
+        for config in configs:
+            convert_all(config)
+    else:
+        children = []
+        for config in configs:
+            if not (child := os.fork()):
+                convert_all(config)
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+    wall = time.monotonic() - wall
+    print(json.dumps({"cpu_s": cpu_seconds() - cpu, "wall_s": wall}))
+
+
+def scaling(root: Path, night: Path, runs: int) -> dict[str, dict[str, float]]:
+    """Wall and CPU seconds of `UNITS` units: plain and Ray, one core and two."""
+    for number in range(UNITS):
+        for part in (root / "all", root / f"half{number % 2}"):
+            target = part / f"s{number}" / "night.edf"
+            target.parent.mkdir(parents=True)
+            os.link(night, target)
+    found: dict[str, list[dict[str, float]]] = {f"{way} {cores}": [] for way in ("plain", "ray") for cores in (1, 2)}
+    for _ in range(runs):
+        for name, rows in found.items():
+            rows.append(in_a_process("--scale", *name.split(), str(root)))
+            print(f"scaling {name:8}{rows[-1]['wall_s']:8.2f} s, {rows[-1]['cpu_s']:.2f} CPU s", flush=True)
+    return {name: medians(rows) for name, rows in found.items()}
+
+
+def projection(result: dict[str, dict[str, float]], hours: float) -> dict[str, float]:
+    """What 100,000 recorded hours take, the start of a process left out: it happens once per actor."""
+    steady = result["kymo"]["cpu_s"] - result["start"]["cpu_s"]
+    core_hours = steady / hours * 100_000 / 3600
+    return {
+        "cpu_s_per_hour": steady / hours,
+        "core_hours": core_hours,
+        "terabytes": result["kymo"]["mb"] / hours * 100_000 / 1e6,
+        "usd_per_1000_h": core_hours / 100 * PRICE_PER_CORE_HOUR,
+    }
+
+
+def table(report: dict[str, object]) -> str:
+    """The report as markdown."""
+    works: dict[str, dict[str, dict[str, float]]] = report["works"]  # type: ignore[assignment] # plain JSON
+    hours: dict[str, float] = report["hours"]  # type: ignore[assignment] # plain JSON
+    lines = [f"{report['date']}, {report['machine']}, medians of {report['runs']} alternating runs, one pinned core\n"]
+    for work, result in works.items():
+        ours, start = result["kymo"]["cpu_s"], result["start"]["cpu_s"]
+        lines += [
+            f"### {work}: {hours[work]:g} h to {RECIPES[work]}\n",
+            "| | CPU s | CPU s per recorded hour | times kymo | peak MB | output MB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for way, row in result.items():
+            name = {"start": "start of kymo's sandbox, in the line below"}.get(way, way)
+            lines.append(
+                f"| {name} | {row['cpu_s']:.2f} | {row['cpu_s'] / hours[work]:.3f} | {row['cpu_s'] / ours:.2f} | "
+                f"{row['peak_mb']:,.0f} | {row['mb']:,.0f} |"
+            )
+        lines.append(
+            f"\nWithout the start: {ours - start:.2f} CPU s, {(ours - start) / result['limit']['cpu_s']:.2f} times "
+            f"the limit (with it {ours / result['limit']['cpu_s']:.2f}).\n"
+        )
+        peer = {way: row["cpu_s"] for way, row in result.items() if way not in {"kymo", "start", "limit"}}
+        lines.append(
+            "; ".join(
+                f"{way}: {s / ours:.1f} times kymo, {s / (ours - start):.1f} without the start"
+                for way, s in peer.items()
+            )
+            + "\n"
+        )
+        row = projection(result, hours[work])
+        lines.append(
+            f"100,000 h: {row['core_hours']:,.0f} core-hours, {row['terabytes']:.2f} TB, "
+            f"{row['usd_per_1000_h']:.3f} USD per 1,000 h at {PRICE_PER_CORE_HOUR} USD a core-hour.\n"
+        )
+    scales: dict[str, dict[str, float]] = report["scaling"]  # type: ignore[assignment] # plain JSON
+    if scales:
+        lines += [f"### {UNITS} units of one night\n", "| | wall s | CPU s |", "|---|---|---|"]
+        lines += [f"| {name} | {row['wall_s']:.2f} | {row['cpu_s']:.2f} |" for name, row in scales.items()]
+        plain, ray_ = (scales[f"{way} 1"]["wall_s"] / scales[f"{way} 2"]["wall_s"] for way in ("plain", "ray"))
+        extra = (scales["ray 2"]["cpu_s"] - scales["plain 2"]["cpu_s"]) / UNITS
+        lines.append(f"\nOne core to two: plain {plain:.2f} times, Ray {ray_:.2f} times as fast, its start included.")
+        lines.append(f"Ray's own CPU time seen from the driver: {extra:.2f} s per unit.\n")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor and cores, nothing that names the machine."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:
-    """Alternate both, print medians and their ratio."""
+    """Measure, print the table, write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--fast", action="store_true", help="slow peers once, scaling once: under five minutes")
+    parser.add_argument("--only", choices=[*RECIPES, "scaling"], action="append")
+    parser.add_argument("--out", type=Path, help="folder for convert.json and convert.md")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--scale", nargs=3, metavar=("WAY", "CORES", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
         if arguments.measure:
-            measure(arguments.measure[0], Path(arguments.measure[1]), Path(scratch))
+            measure(arguments.measure[0], Path(arguments.measure[1]), scratch)
             return
-        folder = Path(scratch) / "recordings"
-        write_night(folder / "s1" / "night.edf", arguments.hours)
-        began = time.monotonic()
-        one_core = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        found: dict[str, list[list[float]]] = {"kymo": [], "mne + h5py": [], "start": []}
-        for _ in range(arguments.runs):
-            for way, rows in found.items():
-                command = [sys.executable, __file__, "--measure", way.split()[0], str(folder)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True, env=one_core).stdout
-                rows.append([float(word) for word in output.split()])
-    print(f"{arguments.hours:g} h night, {len(SIGNALS)} signals, median of {arguments.runs} alternating runs")
-    print(f"{'':12}{'CPU s':>8}{'h / CPU s':>12}{'peak MB':>10}{'output MB':>11}")
-    medians = {way: [statistics.median(column) for column in zip(*rows, strict=True)] for way, rows in found.items()}
-    start_s = medians.pop("start")[0]
-    for way, (seconds, peak, size) in medians.items():
-        print(f"{way:12}{seconds:8.2f}{arguments.hours / seconds:12.2f}{peak:10.0f}{size:11.0f}")
-    ratio = medians["mne + h5py"][0] / medians["kymo"][0]
-    steady = arguments.hours / (medians["kymo"][0] - start_s)
-    print(f"kymo takes {ratio:.1f} times less CPU time; {time.monotonic() - began:.0f} s in all")
-    print(f"{start_s:.2f} CPU s of kymo's start its sandbox, once per actor; without it {steady:.2f} h / CPU s")
+        if arguments.scale:
+            scale(arguments.scale[0], int(arguments.scale[1]), Path(arguments.scale[2]), scratch)
+            return
+        report = measured(arguments, scratch)
+    print(table(report))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "convert.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (arguments.out / "convert.md").write_text(table(report) + "\n", encoding="utf-8")
+
+
+def measured(arguments: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """All measurements as plain data."""
+    began = time.monotonic()
+    wanted = arguments.only or [*RECIPES, "scaling"]
+    hours = {"psg": 8.0, "eeg256": 2.0, "eeg250": 2.0}
+    signals = {"psg": inputs.NIGHT, "eeg256": inputs.clinical_eeg(256), "eeg250": inputs.clinical_eeg(250)}
+    files = {
+        work: inputs.write_edf(scratch / work / "s1" / "recording.edf", signals[work], hours[work])
+        for work in RECIPES
+        if work in wanted or (work == "psg" and "scaling" in wanted)
+    }
+    print(f"{time.monotonic() - began:.0f} s to write the recordings", flush=True)
+    works = {
+        work: compare(work, path.parent.parent, arguments.runs, fast=arguments.fast)
+        for work, path in files.items()
+        if work in wanted
+    }
+    scales = {}
+    if "scaling" in wanted:
+        scales = scaling(scratch / "scaling", files["psg"], 1 if arguments.fast else arguments.runs)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "runs": arguments.runs,
+        "hours": hours,
+        "works": works,
+        "scaling": scales,
+        "seconds": time.monotonic() - began,
+    }
 
 
 if __name__ == "__main__":
