@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine.storage import is_remote
 from manifests.channels import ChannelTag, Unresolved, resolve
 from manifests.config import digest
 from manifests.corpora import Corpus, load_corpus, recording_split, subject_hash, who_of
-from manifests.errors import ConfigError, RecordingError
+from manifests.errors import ConfigError, ContractError, RecordingError
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +286,11 @@ def _row(
     except OSError as error:
         message = f"{relative}: {error.strerror or error}; check its rights and the disk"
         return replace(row, reason="UNREADABLE", message=message)
+    except (ConfigError, ContractError):
+        raise
+    except Exception as error:  # a decoder's fault costs one recording, as in the sandbox; its text may hold a name
+        logger.warning("%s: %s", relative, type(error).__name__)
+        return replace(row, reason="CRASHED", message=f"{relative}: {type(error).__name__} while its header was read")
     found, missed = resolve_channels(recording, corpus)
     row = replace(
         row,
@@ -335,26 +341,38 @@ def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, near: _N
 
 
 def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[Corpus, Path]]:
-    """Corpora with their roots, hashing with `salt`; two sources of one corpus id are refused."""
-    loaded = [
-        (load_corpus(source.corpus).with_split(source.split).model_copy(update={"salt": salt}), source.root)
-        for source in sources
-    ]
-    ids = Counter(corpus.id for corpus, _ in loaded)
+    """Corpora with their roots, hashing with `salt`.
+
+    Raises:
+        ConfigError: A corpus stands twice, or a person of two corpora could be in two splits.
+    """
+    chosen = [(load_corpus(source.corpus).with_split(source.split), source) for source in sources]
+    ids = Counter(corpus.id for corpus, _ in chosen)
     twice = [name for name, count in ids.items() if count > 1]
     if twice:
         raise ConfigError(f"sources: corpus {', '.join(twice)} stands twice; give each corpus one root")
-    for corpus, _ in loaded:
-        unlinked = {name for name, overlap in corpus.overlaps.items() if overlap.persons == "unlinked"}
-        for other in sorted(set(ids) & unlinked):
-            raise ConfigError(
-                f"sources: {corpus.id} and {other} hold recordings of the same persons under names that cannot be "
-                f"joined ({corpus.overlaps[other].note}), so a person could be in two splits; convert one of them"
-            )
-        for other in sorted(set(ids) & set(corpus.overlaps)):
-            if corpus.overlaps[other].relation in ("subset", "same"):
-                logger.warning("%s is part of %s: its recordings come twice", corpus.id, other)
-    return loaded
+    for (corpus, source), (other, _) in permutations(chosen, 2):
+        _check_overlap(corpus, other, split=source.split)
+    return [(corpus.model_copy(update={"salt": salt}), source.root) for corpus, source in chosen]
+
+
+def _check_overlap(corpus: Corpus, other: Corpus, *, split: str) -> None:
+    """Refuse two corpora of which a person could be in two splits; warn where recordings come twice."""
+    overlap = corpus.overlaps.get(other.id)
+    if overlap is None:
+        return
+    if overlap.persons == "unlinked":
+        raise ConfigError(
+            f"sources: {corpus.id} and {other.id} hold recordings of the same persons under names that cannot be "
+            f"joined ({overlap.note}), so a person could be in two splits; convert one of them"
+        )
+    if split != "strict" and corpus.split != other.split:
+        raise ConfigError(
+            f"sources: {corpus.id} has the split {split} and shares persons with {other.id}, whose split is another "
+            "one; take strict for both"
+        )
+    if overlap.relation in ("subset", "same"):
+        logger.warning("%s is part of %s: its recordings come twice", corpus.id, other.id)
 
 
 def scan(
@@ -410,6 +428,6 @@ def scan_folder(root: Path) -> ScanResult:
         raise ConfigError(f"{root}: say which corpus it is (--corpus); what lies on a store is not guessed")
     if not root.exists():
         raise ConfigError(f"{root}: no such file or folder; give a folder with recordings")
-    base = root if root.is_dir() else root.parent
+    base = root if root.is_dir() and sniff(root) is None else root.parent
     rows = tuple(_row(path, base, None, reader) for path, reader in _recordings_in(root))
     return ScanResult(rows=rows, corpora={})

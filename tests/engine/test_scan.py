@@ -109,3 +109,11 @@ def test_corpora_whose_shared_persons_cannot_be_joined_are_refused(
         load_sources(sources)
     assert len(load_sources([Source(corpus=name, root=tmp_path) for name in ("tueg", "tuab")])) == 2
     assert caplog.messages == ["tuab is part of tueg: its recordings come twice"]
+
+
+def test_a_published_split_beside_a_strict_one_is_refused_where_persons_are_shared(tmp_path: Path) -> None:
+    published = Source(corpus="tuab", root=tmp_path, split="published")
+    with pytest.raises(ConfigError, match=r"tuab has the split published and shares persons with tueg"):
+        load_sources([Source(corpus="tueg", root=tmp_path), published])
+    runs = [Source(corpus=name, root=tmp_path, split="cbramod") for name in ("eegmmidb", "eegmmidb_feet")]
+    assert len(load_sources(runs)) == 2
