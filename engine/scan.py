@@ -288,7 +288,7 @@ def _row(
         return replace(row, reason="UNREADABLE", message=message)
     except (ConfigError, ContractError):
         raise
-    except Exception as error:  # a decoder's fault costs one recording, as in the sandbox; its text may hold a name
+    except Exception as error:  # noqa: BLE001 - a decoder's fault costs one recording; its text may hold a name
         logger.warning("%s: %s", relative, type(error).__name__)
         return replace(row, reason="CRASHED", message=f"{relative}: {type(error).__name__} while its header was read")
     found, missed = resolve_channels(recording, corpus)

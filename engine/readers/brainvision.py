@@ -229,7 +229,7 @@ def _by_mne(path: Path, header: str, data: Path, repairs: list[str]) -> Any:
                 copy,
                 overrides={"data_fname": str(data.resolve()), "marker_fname": False},
                 preload=False,
-                verbose="ERROR",
+                verbose="WARNING",
             )
 
 

@@ -147,7 +147,9 @@ def _parse(path: Path) -> _Header:
         place += 4 * max(0, num_codes)
     except (struct.error, IndexError) as error:
         raise RecordingError("TRUNCATED", f"{path}: ends in its header: {error}") from None
-    if segments <= 0 or samples <= 0 or not 0 <= num_codes <= _MAX_ROWS or place > len(data):
+    if place > len(data):
+        raise RecordingError("TRUNCATED", f"{path}: ends in its header of {place} bytes")
+    if segments <= 0 or samples <= 0 or not 0 <= num_codes <= _MAX_ROWS:
         raise RecordingError(
             "HEADER_INVALID", f"{path}: {segments} segments of {samples} samples with {num_codes} kinds of events"
         )

@@ -93,7 +93,7 @@ def _open_raw(path: Path, repairs: list[str]) -> Any:
     """MNE's raw object; None for a file without a continuous recording."""
     try:
         with reading(path, what="header", repairs=repairs):
-            return mne.io.read_raw_fif(path, preload=False, verbose="ERROR")
+            return mne.io.read_raw_fif(path, preload=False, verbose="WARNING")
     except RecordingError as error:
         text = str(error)
         if _NO_RAW in text:
@@ -110,7 +110,7 @@ def _open_raw(path: Path, repairs: list[str]) -> Any:
 def _open_epochs(path: Path, repairs: list[str]) -> Any:
     try:
         with reading(path, what="header", repairs=repairs):
-            return mne.read_epochs(path, proj=False, preload=False, verbose="ERROR")
+            return mne.read_epochs(path, proj=False, preload=False, verbose="WARNING")
     except RecordingError as error:
         if any(mark in str(error) for mark in _NO_EPOCHS):
             raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: neither a raw recording nor epochs") from error
@@ -250,7 +250,7 @@ def _epochs_signals(epochs: Any, indices: Sequence[int], path: Path) -> list[np.
     step = max(1, _EPOCH_BYTES // (8 * length * len(epochs.ch_names)))
     with reading(path, what="signals"):
         for first in range(0, count, step):
-            block = epochs.get_data(picks=list(indices), item=slice(first, first + step), copy=False, verbose="ERROR")
+            block = epochs.get_data(picks=list(indices), item=slice(first, first + step), copy=False, verbose="WARNING")
             for number, output in enumerate(outputs):
                 output[first * length : (first + len(block)) * length] = block[:, number].ravel()
     return outputs

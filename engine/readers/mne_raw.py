@@ -62,7 +62,7 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
             for signals, `SIGNAL_INVALID`.
     """
     try:
-        with mne.utils.use_log_level("ERROR"), warnings.catch_warnings(record=True) as caught:
+        with mne.utils.use_log_level("WARNING"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     except NotImplementedError as error:

@@ -12,15 +12,15 @@ from typing import Any
 
 import mne
 import numpy as np
+from mne.io.nihon.nihon import _read_nihon_annotations
 
 from engine.readers.magic import is_nihon
 from engine.readers.mne_raw import annotation, prefilter_of, read_blocks, reading, refuse_pointer, start_extra
 from engine.readers.timeline import timeline, to_micro
-from engine.recording import Channel, Recording
+from engine.recording import Annotation, Channel, Recording
 from manifests.errors import RecordingError
 
 _COMPANIONS = (".21E", ".PNT", ".LOG", ".CMT", ".CN2")
-_BOUNDARIES = frozenset({"BAD boundary", "EDGE boundary"})
 _CLOCK_OFFSET = 0x14  # of a block: year, month, day, hour, minute, second in binary-coded decimals
 _COUNT_OFFSET = 0x26
 
@@ -61,13 +61,7 @@ def read_header(path: Path, layout: Mapping[str, object]) -> Recording:
             for index, label in enumerate(labels)
         ),
         segments=times.segments,
-        annotations=tuple(
-            annotation(to_micro(onset), to_micro(duration), text)
-            for onset, duration, text in zip(
-                raw.annotations.onset, raw.annotations.duration, raw.annotations.description, strict=True
-            )
-            if text not in _BOUNDARIES
-        ),
+        annotations=_log(path, repairs),
         repairs=tuple(dict.fromkeys(repairs)),
         extra={"format": "Nihon Kohden", **_started(raw, clocks[0])},
         layout=dict(layout),
@@ -97,7 +91,7 @@ def _open(path: Path, repairs: list[str]) -> Any:
     if not is_nihon(start):
         raise RecordingError("NOT_A_RECORDING", f"{path}: does not begin as a Nihon Kohden file does")
     with reading(path, what="header", repairs=repairs):
-        return mne.io.read_raw_nihon(path, preload=False, encoding="latin-1", verbose="ERROR")
+        return mne.io.read_raw_nihon(path, preload=False, encoding="latin-1", verbose="WARNING")
 
 
 def _clocks(path: Path, addresses: Sequence[int]) -> list[datetime | None]:
@@ -112,6 +106,14 @@ def _clocks(path: Path, addresses: Sequence[int]) -> list[datetime | None]:
             except ValueError:
                 found.append(None)
     return found
+
+
+def _log(path: Path, repairs: list[str]) -> tuple[Annotation, ...]:
+    """Events of the `.LOG` by the time since the start; raw annotations lack those that a gap pushes out."""
+    with reading(path, what="header", repairs=repairs):
+        found = _read_nihon_annotations(path, encoding="latin-1")
+    events = zip(found["onset"], found["description"], strict=True)
+    return tuple(annotation(to_micro(float(onset)), Fraction(0), text) for onset, text in events)
 
 
 def _started(raw: Any, clock: datetime | None) -> dict[str, str]:
