@@ -6,6 +6,7 @@ anything of that size is allocated.
 
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -37,6 +38,9 @@ _LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    NameError,  # scipy's and numpy's parsers raise these two on damaged bytes
+    SyntaxError,
+    tokenize.TokenError,
     zlib.error,
     zipfile.BadZipFile,
     struct.error,

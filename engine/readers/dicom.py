@@ -5,6 +5,7 @@ Source: DICOM PS3.3 C.10.9 "Waveform Module".
 
 import logging
 import math
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from pydicom import dcmread
 from pydicom.config import IGNORE, settings
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
@@ -24,7 +25,18 @@ from engine.readers.text import parse_layout
 from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
 
-_LIBRARY_ERRORS = (ValueError, TypeError, LookupError, OSError, EOFError, AttributeError, NotImplementedError)
+_LIBRARY_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    struct.error,
+    BytesLengthException,
+)
 # Warnings about values would print them, names among them.
 settings.reading_validation_mode = IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import engine.scan
 from engine.config import ConvertConfig, Source
 from engine.recording import Channel, Recording, Segment
 from engine.scan import load_sources, resolve_channels, scan, scan_folder, subject_of
@@ -117,3 +118,17 @@ def test_a_published_split_beside_a_strict_one_is_refused_where_persons_are_shar
         load_sources([Source(corpus="tueg", root=tmp_path), published])
     runs = [Source(corpus=name, root=tmp_path, split="cbramod") for name in ("eegmmidb", "eegmmidb_feet")]
     assert len(load_sources(runs)) == 2
+
+
+def test_a_decoder_that_fails_in_a_new_way_costs_one_recording(tiny_config: ConvertConfig, monkeypatch) -> None:
+    def read_header(path: Path, reader: str, layout: object = None) -> Recording:
+        if path.name == min(names):
+            raise RecursionError("Planted^Name")
+        return original(path, reader, layout)
+
+    original = engine.scan.read_header
+    names = {Path(row.path).name for row in scan(tiny_config.sources).readable}
+    monkeypatch.setattr(engine.scan, "read_header", read_header)
+    crashed = [row for row in scan(tiny_config.sources).rows if row.reason == "CRASHED"]
+    assert len(crashed) == 1
+    assert "Planted" not in crashed[0].message
