@@ -19,7 +19,7 @@ from engine.files import companions, identity_of
 from engine.lock import locked
 from engine.plan import PLAN_FILE, PlanItem, Unit, read_plan
 from engine.scan import load_sources
-from manifests.config import load_config, write_atomically
+from manifests.config import parse_yaml, validate, write_atomically
 from manifests.errors import ConfigError, ContractError
 
 WAIVERS_FILE = "waivers.jsonl"
@@ -148,8 +148,17 @@ def rejected(output: Path) -> list[Rejected]:
 
 
 def settings_of(output: Path) -> ConvertConfig:
-    """Configuration that a conversion wrote into its folder."""
-    return load_config(ConvertConfig, output / CONFIG_FILE)
+    """Configuration that a conversion wrote into its folder.
+
+    Raises:
+        ConfigError: There is none, or it is of another version.
+    """
+    path = output / CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not there; give the output folder of a kymo convert") from None
+    return validate(ConvertConfig, parse_yaml(text, where=str(path)), where=str(path))
 
 
 def chosen(items: Sequence[Rejected], names: Sequence[str], *, reason: str = "") -> list[Rejected]:
