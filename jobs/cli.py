@@ -1,7 +1,8 @@
 """The command line: `kymo VERB`. A verb reads a YAML, calls one function and shows what came out.
 
 Exit codes: 0 complete, 1 a bug, 2 wrong configuration or input, 3 complete with quarantine within the budget,
-4 quarantine over the budget, 5 an artefact that breaks its contract, 130 interrupted.
+4 quarantine over the budget, 5 an artefact that breaks its contract, 130 interrupted. With `--exit-code`, `kymo diff`
+ends with 1 when the snapshots differ, as git does.
 """
 
 import sys
