@@ -55,6 +55,11 @@ class Labels:
         }
         object.__setattr__(self, "_longest", longest)
 
+    def record(self) -> dict[str, float]:
+        """What is scored and what is not in s, and the number of sources that a recording may lack and does."""
+        scored = self.scoring.record() if self.scoring else {}
+        return {**scored, "missing": len(self.missing)} if self.missing else scored
+
     def stage_at(self, start: Fraction, epoch_s: int) -> str:
         """Stage that fills most of an epoch, the earlier of equals; `?` where none fills half of it."""
         shares: dict[str, Fraction] = {}

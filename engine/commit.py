@@ -31,7 +31,11 @@ class _Strict(BaseModel):
 
 
 class Input(_Strict):
-    """One recording that the unit dealt with: recorded seconds, windows made, SHA-256 of each of its files."""
+    """One recording that the unit dealt with: recorded seconds, windows made, SHA-256 of each of its files.
+
+    `labels` has the seconds that are scored and not (`engine.scoring.Scoring.record`), and how many sources of labels
+    are missing that the corpus does not require.
+    """
 
     corpus: str
     recording: str
@@ -39,6 +43,7 @@ class Input(_Strict):
     identity: str
     seconds: int
     windows: int
+    labels: dict[str, float] = {}
     sha256: dict[str, str] = {}
 
 

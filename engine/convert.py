@@ -152,6 +152,7 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
             identity=item.identity,
             seconds=item.seconds,
             windows=num_windows,
+            labels=answer.get("labels", {}),
             sha256=answer["sha256"],
         )
     )

@@ -34,14 +34,15 @@ _FILTER_TOKEN = re.compile(r"\b(HP|LP|BP|N|NOTCH|DC)\s*[:=]?\s*(\d+(?:\.\d+)?)\s
 class Losses:
     """What a recording's samples lack or make doubtful.
 
-    Windows dropped by reason, labels nobody resolved, texts of annotations not mapped, and channels by kind whose
-    unit is suspect.
+    Windows dropped by reason, labels nobody resolved, texts of annotations not mapped, channels by kind whose unit is
+    suspect, and how much of the recording is scored (`Labels.record`).
     """
 
     dropped: Counter[str] = field(default_factory=Counter)
     unresolved: Counter[tuple[str, str]] = field(default_factory=Counter)
     unmapped: Counter[str] = field(default_factory=Counter)
     unit_suspect: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,7 @@ def convert_recording(job: Job) -> dict[str, Any]:
         "unresolved": [[*name, count] for name, count in sorted(losses.unresolved.items())],
         "unmapped": losses.unmapped.total(),
         "unit_suspect": {kind: count for kind, count in sorted(losses.unit_suspect.items()) if count},
+        "labels": losses.labels,
         "sha256": digests,
     }
 

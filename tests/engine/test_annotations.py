@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.annotations import Labels, read_labels
+from engine.commit import read_commits
+from engine.config import ConvertConfig
+from engine.convert import convert_all
+from engine.plan import read_plan
 from engine.read import read_header
 from engine.recording import Annotation, Channel, Recording, Segment
+from engine.synthetic import synthesise
+from manifests.annotations import AnnotationRule
+from manifests.config import dump_yaml
 from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError, RecordingError
 
@@ -196,3 +203,24 @@ def test_records_without_rhythm_marks_and_with_empty_notes(shared_data: Path, re
     found = read_labels(recording, corpus)
     assert len(found.events) == num_rhythms
     assert not found.unmapped
+
+
+def test_a_commit_tells_of_each_recording_what_is_scored(tmp_path: Path) -> None:
+    root = tmp_path / "recordings"
+    synthesise(root, num_subjects=2, num_ecg=0, night_minutes=10)
+    nights = sorted((root / "psg").rglob("*_psg.edf"))
+    rule = {"source": "text_codes", "pattern": "{stem}.txt", "map": {"0": "W"}, "required": False}
+    scored = load_corpus("synthetic_psg").model_copy(update={"annotations": AnnotationRule.model_validate(rule)})
+    nights[0].with_suffix(".txt").write_text("0\n" * 18)
+    (tmp_path / "scored.yaml").write_text(dump_yaml({**scored.model_dump(mode="json"), "id": "scored"}))
+    source = {"corpus": str(tmp_path / "scored.yaml"), "root": str(root)}
+    settings = {"output": str(tmp_path / "out"), "recipe": "sleep128", "sources": [source], "quarantine_budget": 1}
+    result = convert_all(ConvertConfig.model_validate(settings))
+    assert result.snapshot is not None
+    commits = read_commits(tmp_path / "out", read_plan(tmp_path / "out"))
+    told = {found.path: found.labels for commit in commits for found in commit.inputs if found.windows}
+    first, second = (told[night.relative_to(root).as_posix()] for night in nights[:2])
+    assert first == {
+        "scored_s": 540, "unscored_s": 60, "remainder_s": 0, "contradicted_s": 0, "outside_s": 0
+    }  # fmt: skip
+    assert second == {"missing": 1}
