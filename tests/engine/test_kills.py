@@ -30,7 +30,8 @@ SEED = 20261121
 # What each kind of process is called, and how often it is chosen. A driver or raylet ends the whole run.
 TARGETS = {"driver": 3, "raylet": 2, "actor": 3, "child": 4}
 MARKS = {"raylet": "raylet/raylet", "actor": "ConvertActor", "child": "engine.sandbox"}
-RUN_S = 120
+EARLY_SHARE = 0.2  # of the runs may be killed while Ray still starts
+RUN_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,11 @@ def _disturb(process: subprocess.Popen[bytes], random_: random.Random, kills: li
     """Kill up to `KILLS_PER_FOLDER` processes at random moments of the run; returns all that were seen."""
     seen: set[psutil.Process] = set()
     began = time.monotonic()
-    time.sleep(random_.uniform(0.5, 6.0))
+    if random_.random() < EARLY_SHARE:
+        time.sleep(random_.uniform(0.0, 8.0))
+    else:  # however slow the machine is: not before the actors work
+        while process.poll() is None and _target("child", process, random_) is None:
+            time.sleep(0.1)
     while process.poll() is None and time.monotonic() - began < RUN_S:
         seen.update(_family(process))
         kind = random_.choices(list(TARGETS), list(TARGETS.values()))[0]
@@ -97,7 +102,7 @@ def _disturb(process: subprocess.Popen[bytes], random_: random.Random, kills: li
             with suppress(psutil.Error):
                 target.kill()
                 kills.append(kind)
-        time.sleep(random_.uniform(0.1, 2.5))
+        time.sleep(random_.uniform(0.1, 2.0))
     assert process.poll() is not None, f"the conversion hangs: not over after {RUN_S} s, kills {kills}"
     return seen
 
