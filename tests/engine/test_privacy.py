@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config import ConvertConfig, Source
-from engine.convert import convert_all
+from engine.convert import convert_all, prepare
 from engine.plan import read_plan
 from engine.scan import scan
 from manifests.corpora import load_corpus, subject_hash
@@ -38,7 +38,7 @@ def private_root(tiny_root: Path, root: Path) -> Path:
     """Nights and records of one named person: sound ones, and some that end in quarantine."""
     night = planted_edf((tiny_root / "psg/sub-001/sub-001_psg.edf").read_bytes())
     cut, odd, wild = night[: 256 + 100], bytearray(night), bytearray(night)
-    odd[236:244] = b"Erika M."  # number of records
+    odd[236:244] = b"Erika M."  # number of records, which is repaired
     count = int(night[252:256])
     wild[256 + 216 * count : 256 + 224 * count] = b"Erika M." * count  # samples of a record
     for number, content in enumerate((night, cut, odd, wild)):
@@ -64,67 +64,66 @@ def texts(output: Path) -> dict[str, bytes]:
     return found
 
 
-def planted_config(tiny_root: Path, tmp_path: Path) -> ConvertConfig:
-    """Conversion of the named person's recordings with the corpora that fit them."""
+def planted_config(kind: str, tiny_root: Path, tmp_path: Path) -> ConvertConfig:
+    """Conversion of the named person's nights or heart records with a corpus that fits them."""
     root = private_root(tiny_root, tmp_path / "private")
     pattern = {"pattern": r"(?P<subject>sub-\w+?)_psg"}
     psg = load_corpus("synthetic_psg").model_dump(mode="json") | {"id": "psg", "subject": pattern}
     (tmp_path / "psg.yaml").write_text(json.dumps(psg))
     return ConvertConfig(
         output=tmp_path / "out",
-        recipe="sleep128",
-        sources=[
-            Source(corpus=str(tmp_path / "psg.yaml"), root=root),
-            Source(corpus="synthetic_ecg", root=root),
-        ],
+        recipe={"psg": "sleep128", "ecg": "ecg500"}[kind],
+        sources=[Source(corpus={"psg": str(tmp_path / "psg.yaml"), "ecg": "synthetic_ecg"}[kind], root=root)],
         quarantine_budget=1.0,
     )
 
 
-def test_no_header_text_in_any_output_and_file_names_in_the_ledger_only(tiny_root: Path, tmp_path: Path) -> None:
-    config = planted_config(tiny_root, tmp_path)
+@pytest.mark.parametrize(("kind", "num_bad"), [("psg", 2), ("ecg", 1)])
+def test_no_header_text_in_any_output_and_file_names_in_the_ledger_only(
+    tiny_root: Path, tmp_path: Path, kind: str, num_bad: int
+) -> None:
+    config = planted_config(kind, tiny_root, tmp_path)
     result = convert_all(config)
     assert result.counts["windows"] > 0
-    assert result.counts["quarantined"] >= 3
+    assert result.counts["quarantined"] == num_bad
     found = texts(config.output)
     assert any(name.endswith(".tar") for name in found)
+    name_of_file = {"psg": FILE_NAME, "ecg": "E00001"}[kind].encode()
     for name, content in found.items():
         for word in PLANTED:
-            assert word.encode() not in content, (
-                name,
-                word,
-                content[max(0, content.index(word.encode()) - 200) :][:400],
-            )
-        if FILE_NAME.encode() in content:
-            assert name == "plan.jsonl" or name.startswith("commits/commit-"), name
-    assert FILE_NAME.encode() in found["plan.jsonl"]
+            place = content.find(word.encode())
+            assert place < 0, (name, content[max(0, place - 200) : place + 200])
+        assert name_of_file not in content or name == "plan.jsonl" or name.startswith("commits/commit-"), name
+    assert name_of_file in found["plan.jsonl"]
 
 
-def test_a_secret_changes_every_hash_and_stands_nowhere(tiny_config: ConvertConfig, tmp_path: Path) -> None:
+def test_a_secret_changes_every_hash_and_stands_nowhere(converted: ConvertConfig, tmp_path: Path) -> None:
     secret = hashlib.sha256(b"lab").hexdigest()
     path = tmp_path / "lab.salt"
     path.write_text(secret + "\n")
-    config = tiny_config.model_copy(update={"salt_file": path})
-    assert convert_all(tiny_config).counts["windows"] == 60
-    public, plan = load_snapshot(tiny_config.output), read_plan(tiny_config.output)
+    config = converted.model_copy(update={"salt_file": path})
+    public, plan = load_snapshot(converted.output), read_plan(converted.output)
+    public_recordings = set(pq.read_table(converted.output / SAMPLES_FILE).column("recording").to_pylist())
     assert convert_all(config).counts["windows"] == 60
-    private = load_snapshot(config.output)
-    assert not {unit.id for unit in plan} & {unit.id for unit in read_plan(config.output)}
+    private, private_plan = load_snapshot(config.output), read_plan(config.output)
+    assert not {unit.id for unit in plan} & {unit.id for unit in private_plan}
     assert public.provenance["salt"] == "public"
-    assert private.provenance["salt"] == config.salt_fingerprint()
+    assert private.provenance["salt"] == config.salt_fingerprint() != ""
     rows = pq.read_table(config.output / SAMPLES_FILE).to_pylist()
     corpus = load_corpus("synthetic_psg")
-    guessed = {subject_hash(corpus, f"{number:03d}") for number in range(10)}
-    assert not {row["subject"] for row in rows} & guessed
-    known = {subject_hash(corpus.model_copy(update={"salt": secret.encode()}), f"{number:03d}") for number in range(10)}
-    assert {row["subject"] for row in rows} <= known
+    numbers = [f"{number:03d}" for number in range(10)]
+    subjects = {row["subject"] for row in rows}
+    assert not subjects & {subject_hash(corpus, number) for number in numbers}
+    known = {subject_hash(corpus.model_copy(update={"salt": secret.encode()}), number) for number in numbers}
+    assert subjects <= known
     assert {row.subject for row in scan(config.sources, salt=config.salt()).rows} <= known
-    assert not any(
-        secret.encode() in content or secret[:20].encode() in content for content in texts(config.output).values()
-    )
-    assert convert_all(config).snapshot == private
+    assert not {row["recording"] for row in rows} & public_recordings
+    assert not any(secret[:20].encode() in content for content in texts(config.output).values())
+    prepare(config)
+    assert read_plan(config.output) == private_plan
     path.write_text(hashlib.sha256(b"other").hexdigest())
-    assert convert_all(config).snapshot != private
+    _, units = prepare(config)
+    assert not {unit.id for unit in units} & {unit.id for unit in private_plan}
 
 
 def test_a_missing_or_short_secret_is_refused(tiny_config: ConvertConfig, tmp_path: Path) -> None:
