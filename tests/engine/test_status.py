@@ -114,7 +114,7 @@ def test_a_committed_unit_that_is_made_again_is_running(converted: ConvertConfig
     ("changes", "words"),
     [
         ({}, ""),
-        ({"time": time.time() - 3600, "host": "elsewhere"}, "silent for 60 min"),
+        ({"time": time.time() - 3600, "host": "elsewhere"}, "has been silent for 6"),
         ({"pid": dead_pid()}, "has ended"),
         ({"pid": dead_pid(), "host": "elsewhere"}, ""),
         ({"since": time.time() - 2000}, "over twice time_limit_s"),
