@@ -10,8 +10,9 @@ from engine.read import READERS
 from engine.readers.magic import is_mff
 from engine.recording import MEMBER_MARK, split_member
 from engine.storage import glob_matches, is_remote, names_under, read_ranges
-from manifests.corpora import Corpus
+from manifests.corpora import Corpus, who_of
 from manifests.errors import ConfigError, RecordingError
+from manifests.subjects import look_up, path_groups
 
 _EDGE_BYTES = 1 << 16  # of each end of a file, and of blocks between, that an identity covers
 _NUM_BLOCKS = 8
@@ -94,18 +95,39 @@ def identity_of(path: Path, reader: str, corpus: Corpus | None = None) -> tuple[
     """Digest (16 hex) and size in bytes of a recording's files, free of dates and folders.
 
     Covers every file's name and size and blocks at its ends and between, not every byte: a scan reads headers. Of a
-    table of labels that the whole corpus shares, only the recording's own cells count.
+    table that the whole corpus shares (of labels, persons, splits), only the recording's own cells count.
     The SHA-256 of the whole files stands in the commit of the unit that converted them.
     """
     names = companions(path, reader, corpus)
     _, member = split_member(path)
-    told = member + (label_cells(path, corpus) if corpus and not is_unlisted(path, corpus) else "")
+    told = member
+    if corpus and not is_unlisted(path, corpus):
+        told += label_cells(path, corpus) + _person_cells(path, corpus)
     if member:
         stats = [(name, name.stat()) for name in names]
         whole, total = _sampled_once(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
     else:
         whole, total = _sampled(names)
     return hashlib.sha256(f"{whole}{MEMBER_MARK}{told}".encode()).hexdigest()[:16] if told else whole, total
+
+
+def _person_cells(path: Path, corpus: Corpus) -> str:
+    """Person, family and published split as a table of the corpus says them; empty for a corpus without one."""
+    column = corpus.split.column
+    lookup = corpus.subject.table or column
+    if lookup is None:
+        return ""
+    root = next((folder for folder in path.parents if next(folder.glob(lookup.file), None)), None)
+    if root is None:
+        return ""  # the scan refuses the corpus without its table
+    name, where = path.relative_to(root).as_posix(), f"{corpus.id}.yaml"
+    who = who_of(corpus, name, root)
+    cells: dict[str, str] = {}
+    if column is not None:
+        cells = look_up(
+            column, path_groups(corpus.subject, name, where=where), root, (column.column,), where=f"{where}: split"
+        )
+    return "/".join(["", who.subject, who.family, *cells.values()])
 
 
 @lru_cache(maxsize=8)  # thousands of recordings share a file

@@ -51,3 +51,20 @@ def test_names_that_are_no_utf_8_are_refused_before_anything_is_hashed(tiny_root
         scan_folder(tmp_path)
     (root / os.fsdecode(b"M\xfcller_psg.edf")).rename(root / "Müller_psg.edf")
     assert len(corpus_files(load_corpus("synthetic_psg"), tmp_path)) == 1
+
+
+def test_identity_covers_what_a_table_says_of_the_person_and_nobody_else(tmp_path: Path) -> None:
+    corpus = load_corpus("cfs")
+    table = tmp_path / "datasets/cfs-visit5-dataset-0.7.0.csv"
+    table.parent.mkdir()
+    path = tmp_path / "polysomnography/edfs/cfs-visit5-800002.edf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(1000))
+
+    def identity(first: str, second: str) -> str:
+        table.write_text(f"nsrrid,familyi\n800002,{first}\n800003,{second}\n", encoding="utf-8")
+        return identity_of(path, "edf", corpus)[0]
+
+    before = identity("1", "2")
+    assert identity("1", "333") == before
+    assert identity("55", "2") != before
