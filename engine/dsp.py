@@ -21,7 +21,7 @@ _ALIAS_DB = 100.0  # stop-band of the low-pass, which also keeps images and alia
 _EDGE_DB = 66.0  # stop-band of high-pass and notch; their length grows with it
 _NOTCH_HALF_HZ = 0.6  # half the notch between its -6 dB points; 1.1 Hz off the mains all passes
 _NOTCH_TRANSITION_HZ = 1.0
-_BLOCKS_PER_CALL = 8
+_BLOCKS_PER_CALL = 4  # as many as the transform vectorises over; more leave the cache
 _OFFSET_SAMPLES = 1 << 14
 _MAX_BLOCK = 1 << 16  # samples; longer only where filters ask for it
 _MAX_DENOMINATOR = 1 << 18
@@ -217,7 +217,8 @@ def _plan(
 def _block_length(num_samples: int, pad: int, down: int) -> int:
     """Cheapest even block: down × (2, 3, 5-smooth), at least one step long beside its pads."""
     longest = max(_MAX_BLOCK, 8 * pad, 4 * down)
-    lengths = np.array([down * m for m in _even_smooth(longest // down + 2) if down * m >= 2 * pad + down])
+    smooth = [down * m for m in _even_smooth(longest // down + 2) if down * m >= 2 * pad + down]
+    lengths = np.array([length for length in smooth if length <= longest] or smooth)  # longer ones leave the cache
     steps = np.ceil(num_samples / (lengths - 2 * pad))
     cost = steps * lengths * np.log2(lengths)
     return int(lengths[np.argmin(cost)])
