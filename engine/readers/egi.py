@@ -108,8 +108,9 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
     outputs = [np.empty(recording.channels[0].num_samples, dtype=np.float32) for _ in indices]
     filled = 0
     for block in _blocks(path, header, _held(path, header, [])):
-        for index, output in zip(indices, outputs, strict=True):
-            output[filled : filled + len(block)] = block[:, index].astype(np.float64) * header.gain
+        with np.errstate(invalid="ignore", over="ignore"):  # floats of a damaged file
+            for index, output in zip(indices, outputs, strict=True):
+                output[filled : filled + len(block)] = block[:, index].astype(np.float64) * header.gain
         filled += len(block)
     if outputs and filled < len(outputs[0]):
         raise RecordingError("TRUNCATED", f"{path}: has lost samples since its header was read")

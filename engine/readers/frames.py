@@ -64,9 +64,10 @@ def read_rows(
             stop = min(frames.num_samples, start + count * frames.run)
             for row, gain, offset, output in zip(rows, gains, offsets, outputs, strict=True):
                 values = block[:, row].reshape(-1)[: stop - start].astype(np.float64)
-                values *= gain
-                values += offset
-                output[start:stop] = values
+                with np.errstate(invalid="ignore", over="ignore"):  # floats of a damaged file
+                    values *= gain
+                    values += offset
+                    output[start:stop] = values
     return outputs
 
 

@@ -112,9 +112,10 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
                 signal = header.signals[index]
                 stop = signal.offset + signal.per_record * signal.dtype.itemsize
                 values = np.ascontiguousarray(block[:, signal.offset : stop]).view(signal.dtype).astype(np.float64)
-                if signal.calibrated:
-                    values = values * signal.gain + signal.zero
-                output[first * signal.per_record : (first + count) * signal.per_record] = values.ravel()
+                with np.errstate(invalid="ignore", over="ignore"):  # floats of a damaged file
+                    if signal.calibrated:
+                        values = values * signal.gain + signal.zero
+                    output[first * signal.per_record : (first + count) * signal.per_record] = values.ravel()
     return outputs
 
 

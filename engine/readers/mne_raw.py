@@ -22,18 +22,6 @@ _LFS = b"version https://git-lfs"
 # FIFF's codes of units, as an EDF header spells them.
 _UNITS = {101: "Hz", 102: "N", 103: "Pa", 107: "V", 109: "ohm", 110: "S", 112: "T", 114: "degC", 201: "T/m", 202: "Am"}
 
-# What MNE and the libraries under it raise on a file that breaks its format.
-BROKEN = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    ArithmeticError,
-    EOFError,
-)
 _BENIGN = ("outside of the data range", "outside data range", "No coordinate", "channel locations", "montage", "naming")
 _WARNINGS = {
     "Could not parse meas date": "start time unreadable: left out",
@@ -65,6 +53,8 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
         with mne.utils.use_log_level("WARNING"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
+    except (RecordingError, MemoryError):
+        raise
     except NotImplementedError as error:
         raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: {error or 'MNE does not read this kind'}") from error
     except FileNotFoundError as error:
@@ -74,7 +64,7 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
         if error.errno is not None:  # the disk or the rights, not the content
             raise
         raise RecordingError("HEADER_INVALID", f"{path}: {error}") from error
-    except BROKEN as error:
+    except Exception as error:
         code = "HEADER_INVALID" if what == "header" else "SIGNAL_INVALID"
         raise RecordingError(code, f"{path}: {what}: {type(error).__name__}: {error}") from error
     if repairs is not None:

@@ -140,10 +140,11 @@ def _parse(path: Path, repairs: list[str]) -> _Header:
     try:
         rate, calibration = Fraction(info["samplingrate"]), float(info["calibration"])
         count, dtype = int(info["waveformcount"]), _TYPES[info["datatype"]]
+        offset = int(info.get("headerlength") or "0")
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise RecordingError("HEADER_INVALID", f"{path}: [FileInfo]: {type(error).__name__}: {error}") from None
-    if int(info.get("headerlength", "0") or 0):
-        raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: samples behind a header of {info['headerlength']} bytes")
+    if offset:
+        raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: samples behind a header of {offset} bytes")
     numbered = [line.rpartition("=") for line in lines.get("channelmap", [])]
     try:
         labels = [label for _, label in sorted((int(number), label) for label, _, number in numbered)]

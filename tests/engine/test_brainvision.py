@@ -158,6 +158,7 @@ def test_a_shorter_file_is_kept_and_said(written):
         ("NumberOfChannels=3", "NumberOfChannels=999999999", "HEADER_INVALID"),
         ("BinaryFormat=INT_16", "BinaryFormat=INT_24", "FORMAT_UNSUPPORTED"),
         ("DataOrientation=MULTIPLEXED", "DataOrientation=DIAGONAL", "FORMAT_UNSUPPORTED"),
+        ("DataOrientation=MULTIPLEXED", "Orientation=", "HEADER_INVALID"),
         ("Brain Vision Data", "Brian Vision Data", "NOT_A_RECORDING"),
     ],
 )

@@ -126,6 +126,7 @@ def test_a_cut_file_ends_at_its_last_whole_sample(tmp_path, stored):
         ("ECG=3", "ECG=three", "HEADER_INVALID"),
         ("FileType=Interleaved", "FileType=Packed", "FORMAT_UNSUPPORTED"),
         ("HeaderLength=0", "HeaderLength=64", "FORMAT_UNSUPPORTED"),
+        ("HeaderLength=0", "HeaderLength=[", "HEADER_INVALID"),
     ],
 )
 def test_a_header_that_lies_is_refused_by_name(tmp_path, stored, old, new, reason):
