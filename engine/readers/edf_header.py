@@ -174,7 +174,7 @@ def shown(text: str) -> str:
 def _sample_bytes(fixed: bytes, where: str) -> int:
     """2 for EDF, 3 for BDF, by the first eight bytes; the suffix of a file is not asked."""
     if not _is_magic(fixed):
-        what = "a git-lfs pointer; fetch the file itself" if b"git-lfs" in fixed else f"begins with {fixed[:8]!r}"
+        what = "a git-lfs pointer; fetch the file itself" if b"git-lfs" in fixed else "neither EDF nor BDF"
         raise RecordingError(
             "NOT_A_RECORDING", f"{where}: {what}; EDF begins with '0' and blanks, BDF with 0xFF BIOSEMI"
         )

@@ -170,7 +170,17 @@ def test_negative_gain_inverts_and_is_never_swapped(tmp_path):
         assert signal == pytest.approx(-np.arange(20) / 10, abs=1e-6)
 
 
-@pytest.mark.parametrize("limits", [("5", "5", "-1", "1"), ("-1", "1", "7", "7"), ("", "1", "-1", "1")])
+NO_GAIN = [
+    ("5", "5", "-1", "1"),
+    ("-1", "1", "7", "7"),
+    ("", "1", "-1", "1"),
+    ("0", "9e99", "-1", "1"),
+    ("nan", "1", "0", "1"),
+]
+NO_GAIN += [("0", "1e-40", "-1", "1"), ("inf", "1", "0", "1"), ("1e999", "1", "0", "1"), ("1/2", "1", "0", "1")]
+
+
+@pytest.mark.parametrize("limits", NO_GAIN)
 def test_a_channel_without_gain_is_uncalibrated_and_the_others_stay(tmp_path, limits):
     recording, signals = everything(write(tmp_path / "a.edf", [Signal(limits=limits), Signal()]))
     assert [channel.calibrated for channel in recording.channels] == [False, True]

@@ -333,3 +333,10 @@ def test_companions_of_a_multi_segment_record_are_its_headers_and_signal_files(s
     assert [path.name for path in georgia] == ["E00009.mat"]
     (tmp_path / "a.hea").write_text("a/3 1 100 5\n../b 5\n/etc/passwd 5\na 3\nc 4\n")
     assert [path.name for path in companions(tmp_path / "a.hea")] == ["a.hea", "c.hea"]
+
+
+@pytest.mark.parametrize("data", [b"", b"a 1\0", b"#\n", b"\xff\xfe\n", b"a/2 1 100\n\n~ 4\n"])
+def test_a_header_that_cannot_be_read_has_no_companions_and_stops_nothing(tmp_path, data):
+    (tmp_path / "a.hea").write_bytes(data)
+    assert companions(tmp_path / "a.hea") == []
+    assert companions(tmp_path / "none.hea") == []
