@@ -85,7 +85,7 @@ def unit_id(items: Sequence[PlanItem], *, common: str, corpora: Mapping[str, Cor
     return digest(
         {
             "inputs": [[item.corpus, item.path, item.identity] for item in items],
-            "corpora": {name: digest(corpora[name].model_dump(mode="json")) for name in used},
+            "corpora": {name: digest(corpora[name].decisive()) for name in used},
             "common": common,
         }
     )[:16]

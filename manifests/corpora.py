@@ -35,6 +35,13 @@ ReaderName = Literal[
 ]
 
 
+# A change of these converts nothing again. Which recordings there are, and which are known bad, a plan knows by itself.
+_NOT_DECISIVE = {
+    *("title", "licence", "access", "access_kind", "homepage", "fetch", "citation", "files", "exclude", "overlaps"),
+    *("inherit", "published", "known_bad", "expected"),
+}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -172,6 +179,10 @@ class Corpus(_Strict):
         """Globs under the root of the tables that persons, splits and labels are looked up in."""
         lookups = (self.subject.table, self.split.column, *(rule.labels for rule in self.annotation_rules))
         return tuple(sorted({lookup.file for lookup in lookups if lookup is not None}))
+
+    def decisive(self) -> dict[str, Any]:
+        """What of this file decides the samples of a recording, as plain data: not its terms, totals and globs."""
+        return self.model_dump(mode="json", exclude=_NOT_DECISIVE)
 
     def reader_of(self, path: str | Path) -> ReaderName:
         """Reader of one recording, by the suffix of its file."""

@@ -317,6 +317,14 @@ def test_a_corpus_of_several_formats_has_a_reader_for_each() -> None:
     assert load_corpus("code15").reader_of("exams_part0.hdf5#123") == "arrays"
 
 
+def test_terms_and_totals_decide_no_sample() -> None:
+    before = changed().decisive()
+    assert changed(citation="x", licence="y", known_bad={"a.edf": "z"}, published={}, expected={}).decisive() == before
+    assert changed(mains_hz=50).decisive() != before
+    assert changed(units={"C3": "mV"}).decisive() != before
+    assert changed(split={"rule": "hash", "fractions": [1, 0, 0]}).decisive() != before
+
+
 def test_a_corpus_inherits_a_table_and_adds_to_it() -> None:
     seed, seed_v = load_corpus("seed").channels, load_corpus("seed_v").channels
     assert set(seed_v) - set(seed) == {"M1", "M2", "VEO", "HEO"}
