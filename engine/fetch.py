@@ -255,10 +255,12 @@ class _Download:
         begun = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={begun}-"} if begun else {})}
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
-            self._check_answer(response, part)
-            is_continued = response.status_code == requests.codes.partial_content
-            with part.open("ab" if is_continued else "wb") as file:
-                self._receive(response, file)
+            # A part may hold every byte: the process was killed before it took its name.
+            if not begun or response.headers.get("Content-Range") != f"bytes */{begun}":
+                self._check_answer(response, part)
+                is_continued = response.status_code == requests.codes.partial_content
+                with part.open("ab" if is_continued else "wb") as file:
+                    self._receive(response, file)
         self.complete[url] += 1
         part.replace(action)
 

@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.takes_ranges else 0
         if start >= len(data) > 0:
-            self._answer(416, b"")
+            self._answer(416, b"", total=len(data))
             return
         body = data[start:]
         self.send_response(206 if start else 200)
@@ -75,8 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.hold.wait(timeout=20)
         self.wfile.write(body[len(body) // 2 :])
 
-    def _answer(self, status: int, body: bytes) -> None:
+    def _answer(self, status: int, body: bytes, *, total: int | None = None) -> None:
         self.send_response(status)
+        if total is not None:
+            self.send_header("Content-Range", f"bytes */{total}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

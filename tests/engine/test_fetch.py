@@ -147,6 +147,17 @@ def test_a_part_that_is_too_long_or_wrong_is_begun_again(server: Any, tmp_path: 
         assert (folder / "a/100.dat").read_bytes() == BIG
 
 
+def test_a_part_that_is_whole_only_takes_its_name(server: Any, tmp_path: Path) -> None:
+    name = f"{hashlib.sha256(f'{server.url}a/100.dat'.encode()).hexdigest()[:16]}.part"
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / name).write_bytes(BIG)
+    came: list[int] = []
+    assert fetch(CORPUS, tmp_path, base_url=server.url, only=["a/100*"], progress=came.append).failed == {}
+    assert (tmp_path / "a/100.dat").read_bytes() == BIG
+    assert sum(came) < 1000
+    assert server.asked("a/100.dat") == [f"bytes={len(BIG)}-"]
+
+
 def test_a_wrong_checksum_takes_no_name_and_is_not_asked_for_without_end(server: Any, tmp_path: Path) -> None:
     server.files["a/101.dat"] = b"tampered"
     found = fetch(CORPUS, tmp_path, base_url=server.url)
