@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ConfigPath = typer.Argument(help="YAML of the run.", metavar="CONFIG")
 Overrides = typer.Argument(None, help="key=value, e.g. num_cpus=8", metavar="[KEY=VALUE]...")
+_ROWS_SHOWN = 40
 SnapshotDir = typer.Argument(help="Folder that kymo convert has written.", metavar="SNAPSHOT")
 
 
@@ -137,7 +138,9 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
         result = pipeline.run(settings, progress=show)
     quarantine = [(item.path, item.reason, item.message) for item in result.quarantine]
-    show_table(f"quarantine ({len(quarantine)})", ("path", "reason", "message"), quarantine)
+    show_table(f"quarantine ({len(quarantine)})", ("path", "reason", "message"), quarantine[:_ROWS_SHOWN])
+    if quarantine:
+        console.print(f"kymo quarantine ls {settings.output} lists them; show, retry and waive go on", soft_wrap=True)
     counts = result.counts
     hours = counts["seconds"] / 3600
     console.print(
@@ -145,7 +148,7 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
         f"{counts['windows']:,} windows in {counts['shards']} shards → {settings.output}"
     )
     if result.snapshot is None:
-        console.print("[red]quarantine over budget: no snapshot.[/] Mend the files, or raise quarantine_budget.")
+        console.print("[red]quarantine over budget: no snapshot.[/] Mend or waive recordings, or raise quarantine_budget.")
     else:
         console.print(f"snapshot {result.snapshot.digest[:16]}. Next: kymo report {settings.output}")
     return result

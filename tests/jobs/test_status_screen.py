@@ -47,9 +47,9 @@ def test_headline_tells_states_speed_and_what_to_do() -> None:
 
 
 def drawn(value: object, *, width: int = 100, terminal: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal)
-    console.print(value)
-    return console.file.getvalue()
+    text = io.StringIO()
+    Console(file=text, width=width, force_terminal=terminal).print(value)
+    return text.getvalue()
 
 
 def test_the_screen_shows_who_needs_an_eye_first_and_fits() -> None:
@@ -64,8 +64,8 @@ def test_the_screen_shows_who_needs_an_eye_first_and_fits() -> None:
 
 
 def test_without_a_terminal_a_block_is_printed_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr(status_screen, "console", console)
+    text = io.StringIO()
+    monkeypatch.setattr(status_screen, "console", Console(file=text, width=200))
     same = state("running")
     watch([same, same, state("done"), state("done", is_running=False, digest="abc")])
-    assert console.file.getvalue().count("1 units: ") == 3
+    assert text.getvalue().count("1 units: ") == 3
