@@ -7,9 +7,8 @@ import pytest
 import ray
 
 from engine import pipeline
-from engine.config import ConvertConfig, Source
+from engine.config import ConvertConfig
 from engine.convert import ProgressRow, prepare
-from manifests.corpora import load_corpus
 from manifests.errors import ContractError
 from manifests.shards import SAMPLES_FILE, load_snapshot
 
@@ -47,18 +46,14 @@ def test_nothing_pending_starts_no_work(converted: ConvertConfig) -> None:
     assert {path: path.stat().st_ctime_ns for path in (converted.output / "shards").iterdir()} == marks
 
 
-def test_a_failing_unit_is_told_and_the_others_are_kept(
-    tiny_root: Path, tiny_config: ConvertConfig, tmp_path: Path
-) -> None:
-    """A split table that lacks a subject is the operator's fault: no quarantine, and no snapshot."""
-    corpus = load_corpus("synthetic_psg").model_dump() | {
-        "id": "mine",
-        "split": {"rule": "table", "table": {"001": "train", "002": "val"}},
-    }
-    path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps(corpus), encoding="utf-8")
-    config = tiny_config.model_copy(update={"sources": [Source(corpus=str(path), root=tiny_root)], "unit_bytes": 1})
-    with pytest.raises(ContractError, match=r"split\.table: subject '003' is missing"):
+def test_a_failing_unit_is_told_and_the_others_are_kept(tiny_config: ConvertConfig) -> None:
+    """A folder where a shard belongs is no recording's fault: no quarantine, and no snapshot."""
+    config = tiny_config.model_copy(update={"unit_bytes": 1})
+    config.output.mkdir()
+    _, units = prepare(config)
+    (unit,) = [unit for unit in units if "003" in unit.recordings[0].path]
+    (config.output / f"shards/{unit.id}-00000.tar").mkdir(parents=True)
+    with pytest.raises(ContractError, match="IsADirectoryError"):
         pipeline.run(config)
     assert len(list((config.output / "commits").glob("commit-*.json"))) >= 2
     assert not list((config.output / "work").glob("*/*"))
