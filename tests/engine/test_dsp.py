@@ -24,6 +24,9 @@ RATES = [
     (Fraction(160), 128),
     (Fraction(640000, 3333), 128),
     (Fraction(128), 128),
+    (Fraction(512), 500),
+    (Fraction(1000, 3), 128),
+    (Fraction(17361, 100), 200),
 ]
 
 
@@ -134,6 +137,33 @@ def test_length_is_the_exact_rational_one_however_short(num_samples, rate, targe
     assert np.isfinite(out).all()
     assert out.dtype == np.float32
     assert np.abs(out).max() < 9
+
+
+@pytest.mark.parametrize("rate", [Fraction(256), Fraction(1000, 3), Fraction(17361, 100)])
+def test_a_kept_rate_without_a_band_leaves_every_sample_as_it_is(rate):
+    signal = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    assert np.array_equal(run(signal, rate, rate), signal)
+    assert run(signal, rate, rate).base is not signal
+    quiet = run(signal + 100, rate, rate, low=0.1)
+    assert len(quiet) == len(signal)
+    assert abs(quiet.mean()) < 1
+
+
+def test_segments_do_not_reach_into_each_other():
+    rate, target_hz = Fraction(1000, 3), 128
+    first, second = sine(10, rate, 90), 40 + sine(7, rate, 60)
+    apart = [run(part, rate, target_hz, low=0.5, notch=50) for part in (first, second)]
+    joined = np.concatenate((first, second))
+    together = run(joined, rate, target_hz, low=0.5, notch=50, segments=[len(first), len(second)])
+    assert np.array_equal(together, np.concatenate(apart))
+
+
+@pytest.mark.parametrize(("rate", "target_hz"), [(Fraction(256), 200), (Fraction(17361, 100), 200)])
+def test_the_edges_follow_the_signal(rate, target_hz):
+    out = run(5 + sine(3, rate, 60, phase=0.0), rate, target_hz)
+    expected = 5 + sine(3, target_hz, 61, phase=0.0)[: len(out)]
+    for edge in (slice(0, target_hz // 2), slice(-target_hz // 2, None)):
+        assert np.abs(out[edge] - expected[edge]).max() < 0.15
 
 
 def test_a_constant_stays_and_a_high_pass_removes_it():
