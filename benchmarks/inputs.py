@@ -69,6 +69,21 @@ def _edf_signals(signals: tuple[Signal, ...], hours: float) -> Iterator[edfio.Ed
         )
 
 
+def write_edf_in_pieces(path: Path, signals: tuple[Signal, ...], hours: float) -> Path:
+    """One EDF that need not fit the memory: the same minute of each signal again and again."""
+    minute = write_edf(path.with_name("minute"), signals, 1 / 60)
+    content = minute.read_bytes()
+    minute.unlink()
+    size = 256 * (len(signals) + 1)
+    header = bytearray(content[:size])
+    header[236:244] = f"{int(hours * 60) * int(header[236:244]):<8d}".encode("ascii")
+    with path.open("wb") as file:
+        file.write(header)
+        for _ in range(int(hours * 60)):
+            file.write(content[size:])
+    return path
+
+
 def corpus_of(name: str) -> dict[str, object]:
     """Corpus file for such recordings."""
     return {
