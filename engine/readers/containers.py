@@ -24,7 +24,8 @@ from manifests.errors import RecordingError
 
 MAX_BYTES = 8 << 30  # of one array that has to be loaded as a whole
 _BOMB_BYTES = 64 << 20  # below this no ratio is suspicious
-_COMPRESSED = 15  # type of a compressed MAT 5 element
+_MATRIX, _COMPRESSED = 14, 15  # types of MAT 5 elements
+_COMPLEX = 0x0800  # flag of an array
 _BLOCK_BYTES = 1 << 22
 _BOMB_RATIO = 200  # signals compress two- to tenfold
 
@@ -402,6 +403,8 @@ def _check_streams(path: Path) -> None:
         while order and stream.tell() < size:
             kind, count = struct.unpack(f"{order}II", stream.read(8))
             end = stream.tell() + count
+            if kind == _MATRIX and count >= 16 and struct.unpack(f"{order}4I", stream.read(16))[2] & _COMPLEX:
+                raise RecordingError("SIGNAL_INVALID", f"{path}: the array before byte {end} says it is complex")
             unpacker = zlib.decompressobj()
             while kind == _COMPRESSED and not unpacker.eof:
                 block = unpacker.unconsumed_tail or stream.read(min(_BLOCK_BYTES, end - stream.tell()))
