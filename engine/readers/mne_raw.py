@@ -4,6 +4,7 @@ MNE gives every channel that a format measures in volts in V and leaves other un
 """
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -50,9 +51,14 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
             for signals, `SIGNAL_INVALID`.
     """
     try:
+        # Below the level WARNING MNE does not even warn; the filter keeps its logger from printing the same again.
         with mne.utils.use_log_level("WARNING"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield
+            mne.utils.logger.addFilter(_nothing)
+            try:
+                yield
+            finally:
+                mne.utils.logger.removeFilter(_nothing)
     except (RecordingError, MemoryError):
         raise
     except NotImplementedError as error:
@@ -69,6 +75,10 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
         raise RecordingError(code, f"{path}: {what}: {type(error).__name__}: {error}") from error
     if repairs is not None:
         repairs += dict.fromkeys(filter(None, (_sentence(str(item.message)) for item in caught)))
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _sentence(warning: str) -> str:
