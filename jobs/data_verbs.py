@@ -148,7 +148,7 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
         f"{counts['windows']:,} windows in {counts['shards']} shards → {settings.output}"
     )
     if result.snapshot is None:
-        console.print("[red]quarantine over budget: no snapshot.[/] Mend or waive recordings, or raise quarantine_budget.")
+        console.print("[red]quarantine over budget: no snapshot.[/] Mend or waive them, or raise quarantine_budget.")
     else:
         console.print(f"snapshot {result.snapshot.digest[:16]}. Next: kymo report {settings.output}")
     return result
