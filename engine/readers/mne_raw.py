@@ -5,6 +5,7 @@ MNE gives every channel that a format measures in volts in V and leaves other un
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -19,6 +20,7 @@ from engine.recording import Annotation
 from manifests.errors import RecordingError
 
 _BLOCK_BYTES = 32 << 20  # of float64 samples over all channels: MNE decodes every channel of a block
+_LOCK = threading.RLock()  # log levels and caught warnings belong to the process; a scan reads headers in threads
 _LFS = b"version https://git-lfs"
 # FIFF's codes of units, as an EDF header spells them.
 _UNITS = {101: "Hz", 102: "N", 103: "Pa", 107: "V", 109: "ohm", 110: "S", 112: "T", 114: "degC", 201: "T/m", 202: "Am"}
@@ -52,7 +54,7 @@ def reading(path: Path, *, what: str, repairs: list[str] | None = None) -> Itera
     """
     try:
         # Below the level WARNING MNE does not even warn; the filter keeps its logger from printing the same again.
-        with mne.utils.use_log_level("WARNING"), warnings.catch_warnings(record=True) as caught:
+        with _LOCK, mne.utils.use_log_level("WARNING"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             mne.utils.logger.addFilter(_nothing)
             try:
