@@ -51,7 +51,7 @@ def first_key(snapshot_dir: Path | str) -> str:
     Raises:
         ConfigError: The snapshot holds no sample.
     """
-    load_snapshot(snapshot_dir)
+    load_snapshot(location(snapshot_dir))
     with (location(snapshot_dir) / SAMPLES_FILE).open("rb") as file:
         keys = pq.read_table(file, columns=["key"]).column("key")
     if len(keys) == 0:
@@ -209,7 +209,7 @@ def draw_sample(snapshot_dir: Path | str, key: str, out_png: Path | str) -> Path
         ConfigError: No snapshot in the folder, or no such key.
         ContractError: A damaged snapshot or shard.
     """
-    load_snapshot(snapshot_dir)
+    load_snapshot(location(snapshot_dir))
     arrays, meta = read_window(snapshot_dir, key)
     path = Path(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)
