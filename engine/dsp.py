@@ -243,6 +243,7 @@ def _apply(plan: _Plan, signal: np.ndarray, num_out: int) -> np.ndarray:
     hop_in = plan.length_in - 2 * plan.pad_in
     hop_out = plan.length_out - 2 * plan.pad_out
     num_blocks = -(-len(signal) // hop_in)
+    signal = np.ascontiguousarray(signal, dtype=np.float32)
     offset = _offset(signal)
     output = np.empty((num_blocks, hop_out), dtype=np.float32)
     buffer = np.empty((min(_BLOCKS_PER_CALL, num_blocks), plan.length_in), dtype=np.float32)
@@ -252,7 +253,8 @@ def _apply(plan: _Plan, signal: np.ndarray, num_out: int) -> np.ndarray:
         # Few blocks at a time: what lies between signal and output then stays in the processor's cache.
         start = first * hop_in - plan.pad_in
         stretch = _stretch(signal, start, start + (count - 1) * hop_in + plan.length_in)
-        blocks = np.lib.stride_tricks.sliding_window_view(stretch, plan.length_in)[::hop_in]
+        step = stretch.itemsize
+        blocks = np.ndarray((count, plan.length_in), np.float32, buffer=stretch, strides=(hop_in * step, step))
         np.subtract(blocks, offset, out=buffer[:count])
         spectrum = np.asarray(fft.rfft(buffer[:count], axis=-1, workers=1))
         product = spectrum[:, :bins]

@@ -180,7 +180,7 @@ def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, fl
     scale = peak / INT16_MAX
     if 0 < sd * _STEP_PER_SD < scale:
         scale = _sd_without_outliers(signal, sd) * _STEP_PER_SD
-    saturates = peak > scale * (INT16_MAX + 0.5)
+    saturates = peak > scale * (INT16_MAX + 0.25)
     samples = np.empty(signal.size, dtype=np.int16)
     flags = np.zeros(signal.size if saturates else 0, dtype=bool)
     steps = np.empty(min(_BLOCK, signal.size), dtype=np.float32)
@@ -190,6 +190,6 @@ def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, fl
         np.rint(rounded, out=rounded)
         if saturates:
             flags[place] = np.abs(rounded) > INT16_MAX
-        np.clip(rounded, -INT16_MAX, INT16_MAX, out=rounded)
+            np.clip(rounded, -INT16_MAX, INT16_MAX, out=rounded)
         samples[place] = rounded
     return samples, scale, cumulated(flags)

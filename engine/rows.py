@@ -22,7 +22,7 @@ from manifests.errors import RecordingError
 from manifests.plausible import is_suspect
 from manifests.recipes import KindRule, Recipe
 
-_GROUP_BYTES = 128 << 20  # float32 samples decoded at once
+_GROUP_BYTES = 256 << 20  # float32 samples decoded at once
 JSON: Mapping[str, Any] = {"separators": (",", ":"), "allow_nan": False}
 """How `json.dumps` writes what goes into a shard."""
 

@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -11,18 +12,22 @@ from engine.convert import convert_all
 from engine.report import html_table, write_report
 from engine.report_data import (
     Losses,
+    UnitReport,
     channels_by_recording,
     example_keys,
     hours_by_kind,
     label_counts,
     losses,
     metrics_rows,
+    num_windows,
     read_report_data,
+    suspect_units,
     symbol_order,
     unresolved_labels,
 )
 from engine.report_figures import draw_coverage, draw_labels, draw_losses, draw_training, most_frequent
 from engine.synthetic import synthesise
+from engine.verify import verify
 from manifests.errors import ConfigError
 
 
@@ -213,3 +218,47 @@ def test_a_run_of_several_tasks_has_a_curve_for_each() -> None:
     rows = [{"step": step, "split": "train", "loss": {"a": 1.0, "b": 2.0}} for step in (1, 2)]
     figure = draw_training([*rows, {"step": 2, "split": "val", "metrics": {}}])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["training loss, a", "training loss, b"]
+
+
+def test_no_unit_of_the_synthetic_recordings_is_in_doubt(data):
+    assert data.snapshot.counts["unit_suspect"] == 0
+    assert all(entry["unit_suspect"] == {} for entry in data.snapshot.corpora.values())
+    assert {entry["mains_hz"] for entry in data.snapshot.corpora.values()} == {50}
+    assert suspect_units(data) == []
+
+
+def test_units_in_doubt_are_listed_with_what_would_be_plausible(data):
+    commits = (UnitReport(unit_suspect={"a": {"ecg": 2, "eeg": 5}}), UnitReport(unit_suspect={"a": {"ecg": 1}}))
+    rows = suspect_units(replace(data, commits=commits))
+    assert [(row["kind"], row["unit"], row["channels"]) for row in rows] == [("eeg", "uV", 5), ("ecg", "mV", 3)]
+    assert rows[0]["plausible"] == "robust amplitude 0.5 to 500"
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recordings")
+    synthesise(root, num_subjects=1, num_ecg=1, night_minutes=10)
+    config = ConvertConfig(
+        output=tmp_path_factory.mktemp("native") / "shards",
+        recipe="native",
+        sources=[Source(corpus="synthetic_psg", root=root)],
+        quarantine_budget=0.5,
+    )
+    return convert_all(config), config.output
+
+
+def test_recorded_rates_pass_the_whole_engine(native, tmp_path):
+    result, folder = native
+    assert result.snapshot is not None
+    assert not verify(folder, deep=True).problems
+    data = read_report_data(folder)
+    rates = set(zip(*(data.samples.column(name).to_pylist() for name in ("rate_num", "rate_den")), strict=True))
+    assert len(rates) > 1
+    assert num_windows(data.samples) == 60
+    assert len(data.samples) == 60 * len(rates)
+    kinds, hours = hours_by_kind(data)
+    assert "eeg" in kinds
+    assert hours.max() == pytest.approx(60 * 10 / 3600)
+    (symbols,) = channels_by_recording(data).values()
+    assert len(symbols) == sum(len(row) for row in data.samples.slice(0).column("symbols").to_pylist()) / 60
+    assert "Units in doubt" in write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
