@@ -128,6 +128,9 @@ def _select(recording: Recording, corpus: Corpus, recipe: Recipe, losses: Losses
     found, missed = resolve_channels(recording, corpus)
     losses.unresolved.update((item.label, item.reason) for item in missed)
     kept = [(channel, tag) for channel, tag in found if tag.kind in recipe.kinds]
+    slow = [channel for channel, _ in kept if recipe.is_native and channel.rate < recipe.lowest_rate]
+    losses.unresolved.update((channel.label, "fewer than a sample per window") for channel in slow)
+    kept = [(channel, tag) for channel, tag in kept if channel not in slow]
     if not found:
         labels = ", ".join(repr(channel.label) for channel in recording.channels)
         raise RecordingError(

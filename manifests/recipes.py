@@ -92,6 +92,11 @@ class Recipe(_Strict):
         """Whether channels keep their recorded rates."""
         return any(rule.rate_hz == NATIVE for rule in self.kinds.values())
 
+    @property
+    def lowest_rate(self) -> Fraction:
+        """Rate in Hz below which two windows would begin with the same sample, or a window hold none."""
+        return Fraction(1, min(self.window_s, self.hop_s))
+
     def window_samples(self, rate: Fraction) -> int:
         """Samples of a window at `rate` Hz."""
         return self.window_s * rate.numerator // rate.denominator

@@ -105,6 +105,18 @@ def test_rows_are_grouped_by_rate_only_where_rates_are_kept(monkeypatch: pytest.
     }
 
 
+def test_a_channel_slower_than_the_windows_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"C3-M2": Fraction(256), "SpO2": Fraction(1, 10), "Abdomen": Fraction(1, 60)}
+    signals = {label: (noise(1.0, Fraction(256)), "uV" if label == "C3-M2" else "") for label in rates}
+    monkeypatch.setattr(
+        "engine.rows.read_signals", lambda _, indices: [signals[list(rates)[i]][0].copy() for i in indices]
+    )
+    losses = Losses()
+    found = rows_of(recording_of(signals, rates), CORPUS, load_recipe("native"), losses)
+    assert [row.native_rate for row in found] == [256, Fraction(1, 10)]
+    assert losses.unresolved == {("Abdomen", "fewer than a sample per window"): 1}
+
+
 @pytest.mark.parametrize(
     ("corpus", "path", "recipe", "suspects"),
     [
