@@ -136,6 +136,8 @@ def _select(recording: Recording, corpus: Corpus, recipe: Recipe, losses: Losses
         raise RecordingError(
             "CHANNEL_UNRESOLVED", f"none of the labels {labels} is a known signal; add them to {corpus.id}.yaml"
         )
+    if slow and not kept:
+        raise RecordingError("NO_CHANNELS", f"every channel has less than a sample per window of recipe {recipe.id}")
     if not kept:
         kinds = ", ".join(sorted({tag.kind for _, tag in found}))
         raise RecordingError(
