@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_EXAMPLES = 8
 MAX_CLASSES = 20
 MAX_ROWS = 500
+_MAX_NAMES = 4  # corpora in the page's title
 
 CSS = """
 table.kymo {border-collapse: collapse; font-size: 0.9rem; margin: 0.3rem 0 0.6rem 0;}
@@ -41,7 +42,7 @@ table.kymo th {text-align: left; font-weight: 600; padding: 0.2rem 1.2rem 0.2rem
 table.kymo thead th {border-bottom: 1px solid #b8bfc6;}
 table.kymo td {border-bottom: 1px solid #eceff2; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;}
 table.kymo td.number {text-align: right; font-variant-numeric: tabular-nums;}
-table.kymo code {overflow-wrap: anywhere;}
+table.kymo code {overflow-wrap: anywhere; display: inline-block; min-width: 12rem;}
 table.kymo code, pre.kymo {font-size: 0.8rem; color: #22272e;}
 p.kymo {color: #6a737d; font-size: 0.9rem; margin: 0.2rem 0;}
 """
@@ -125,12 +126,13 @@ def _add_losses(report: mne.Report, data: ReportData) -> None:
     caption = "What came in, what was lost for which reason, what is left."
     _add_figure(report, draw_losses(losses(data)), "From files to windows", section="Losses", caption=caption)
     waivers = read_waivers(data.folder)
-    quarantine = [item.model_dump() for commit in data.commits for item in commit.quarantine]
+    columns = {"corpus", "path", "reason", "message"}  # `kymo quarantine show` tells the rest
+    quarantine = [item.model_dump(include=columns) for commit in data.commits for item in commit.quarantine]
     for row in quarantine if waivers else ():
         waiver = waivers.get((row["corpus"], row["path"], row["reason"]))
         row["waived"] = f"{waiver.note} ({waiver.time[:10]})" if waiver else ""
     quarantine.sort(key=lambda row: (row["reason"], row["corpus"], row["path"]))
-    html = html_table(quarantine, code=("path", "command")) if quarantine else _note("No recording was quarantined.")
+    html = html_table(quarantine, code=("path",)) if quarantine else _note("No recording was quarantined.")
     _add_html(report, html, f"Quarantine ({len(quarantine):,})", section="Losses")
     labels = unresolved_labels(data)
     html = html_table(labels, code=("label",)) if labels else _note("Every channel label was resolved.")
@@ -209,9 +211,9 @@ def write_report(snapshot_dir: Path | str, out_html: Path | str, *, runs: Sequen
         ContractError: A damaged snapshot or shard.
     """
     data = read_report_data(snapshot_dir)
-    report = mne.Report(
-        title=f"kymo: {', '.join(data.corpora)}", image_format="png", img_max_width=1400, verbose="error"
-    )
+    names = data.corpora if len(data.corpora) <= _MAX_NAMES else [*data.corpora[:_MAX_NAMES], "…"]
+    title = f"kymo: {', '.join(names)}"
+    report = mne.Report(title=title, image_format="png", img_max_width=1400, verbose="error")
     report.add_custom_css(CSS)
     _add_html(report, _overview(data), "Snapshot", section="Overview")
     _add_content(report, data)
