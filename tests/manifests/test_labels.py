@@ -48,6 +48,7 @@ def _rule(label: str) -> str:
         ("L-Leg 1-L-Leg 2", "emg:leg_l_1-leg_l_2", "parser:pair"),
         ("EKG_R-Cz", "ecg:torso_r-Cz", "parser:pair"),
         ("EMG1-EMG2", "emg:unknown", "parser:pair"),
+        ("Lead I (Einthoven)", "ecg:I", "parser:site"),  # DICOM's name of the code MDC 2:1
     ],
 )
 def test_rule(label: str, symbol: str, rule: str) -> None:
