@@ -87,7 +87,7 @@ class Limits(_Strict):
     def may_change(self, reason: str, earlier: "Limits") -> bool:
         """Whether a recording that was rejected under `earlier` may pass now."""
         return (
-            reason in {"INPUT_CHANGED", "UNREADABLE"}
+            reason in {"INPUT_CHANGED", "KILLED", "UNREADABLE"}
             or (reason == "TIMEOUT" and self.time_limit_s > earlier.time_limit_s)
             or (reason == "MEMORY" and self.memory_limit_gb > earlier.memory_limit_gb)
             or (reason == "CRASHED" and self.code != earlier.code)

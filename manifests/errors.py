@@ -8,6 +8,7 @@ REASONS = frozenset(
         "FORMAT_UNSUPPORTED",  # a valid file of a kind that kymo does not read
         "HEADER_INVALID",  # header and file contradict each other
         "INPUT_CHANGED",  # other bytes than those that were scanned; converting again settles it
+        "KILLED",  # somebody else ended its process, or the kernel did for want of memory; every run tries again
         "KNOWN_BAD",  # listed in the corpus file with its reason
         "MEMORY",  # the decoder went over its memory limit
         "NOT_A_RECORDING",  # e.g. a git-lfs pointer with the suffix .edf

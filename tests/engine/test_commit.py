@@ -81,6 +81,7 @@ def test_a_commit_whose_files_are_gone_or_cut_is_not_valid(tmp_path: Path, damag
         ("MEMORY", LIMITS, False),
         ("CRASHED", LIMITS.model_copy(update={"code": "y"}), True),
         ("CRASHED", LIMITS, False),
+        ("KILLED", LIMITS, True),
         ("TRUNCATED", Limits(time_limit_s=99, memory_limit_gb=99, code="y"), False),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from engine.config import ConvertConfig, Source
 from engine.convert import Context, ProgressRow, convert_all, convert_unit, limits_of, prepare
 from engine.finalise import ExitCode
 from engine.plan import read_plan
+from engine.sandbox import Job, Sandbox
 from manifests.config import dump_yaml, read_yaml
 from manifests.corpora import load_corpus
-from manifests.errors import ConfigError
+from manifests.errors import ConfigError, RecordingError
 from manifests.shards import SAMPLES_FILE, SNAPSHOT_FILE, load_snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,6 +64,23 @@ def test_a_corrupt_recording_is_quarantined_and_the_rest_goes_on(tiny_config: Co
     assert rows[-1].hours_done == rows[-1].hours_total == pytest.approx(0.5)
     assert rows[-1].quarantined == 1
     assert rows[-1].eta_s == 0
+
+
+def test_a_recording_whose_process_was_killed_comes_with_the_next_run(
+    tiny_config: ConvertConfig, converted: ConvertConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Sandbox, job: Job) -> dict[str, Any]:
+        if "sub-002" in job.path.name:
+            raise RecordingError("KILLED", f"{job.path}: killed")
+        return sandboxed(self, job)
+
+    sandboxed = Sandbox.convert
+    monkeypatch.setattr(Sandbox, "convert", killed)
+    assert sorted(item.reason for item in convert_all(tiny_config).quarantine)[0] == "KILLED"
+    assert content(tiny_config.output)["digest"] != content(converted.output)["digest"]
+    monkeypatch.undo()
+    convert_all(tiny_config)
+    assert content(tiny_config.output) == content(converted.output)
 
 
 def test_commits_account_for_every_recording(converted: ConvertConfig) -> None:

@@ -162,10 +162,11 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
 def test_a_kill_from_outside_is_not_blamed_on_the_recording(
     evil: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.sandbox._GRACE_S", 0.1)
+    monkeypatch.setattr("engine.child._GRACE_S", 0.1)
     assert evil.convert(job(tmp_path, "killed_once"))["rows"] == ["killed_once"]
-    with pytest.raises(RecordingError, match="killed twice: SIGKILL"):
+    with pytest.raises(RecordingError, match=r"killed twice from outside \(SIGKILL\)") as error:
         evil.convert(job(tmp_path, "killed"))
+    assert error.value.reason == "KILLED"
 
 
 def test_the_decoder_is_out_of_reach_of_the_terminals_signals(evil: Sandbox) -> None:
