@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException, ElementTree
 
-from engine.annotation_tables import clock_seconds, duration_seconds, nearest_clock, number_of
+from engine.annotation_tables import duration_seconds, nearest_clock, number_of, start_clock
 from engine.label_files import read_bytes, read_text
 from engine.readers import edf
 from engine.readers.physionet_annotations import read_marks
@@ -21,11 +21,14 @@ from manifests.errors import RecordingError
 
 
 def second_edf(recording: Recording, path: Path) -> list[Annotation]:
-    """Annotations of a second EDF+ file, moved by the difference of both start times."""
-    second = edf.read_header(path, {})
-    times = [clock_seconds(extra.get("start_time", "")) for extra in (recording.extra, second.extra)]
-    here, there = times if None not in times else (Fraction(0), Fraction(0))
-    shift = nearest_clock((there or Fraction(0)) - (here or Fraction(0)), Fraction(0))
+    """Annotations of a second EDF+ file, moved by the difference of both starts, fractions of a second included.
+
+    Its texts are in the encoding that the corpus declares for the recordings, if any.
+    """
+    declared = {key: value for key, value in recording.layout.items() if key == "encoding"}
+    second = edf.read_header(path, declared)
+    here, there = start_clock(recording), start_clock(second)
+    shift = Fraction(0) if here is None or there is None else nearest_clock(there - here, Fraction(0))
     return [
         Annotation(onset=found.onset + shift, duration=found.duration, text=found.text) for found in second.annotations
     ]

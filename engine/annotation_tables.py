@@ -31,7 +31,7 @@ def table(recording: Recording, path: Path, rule: AnnotationRule) -> list[Annota
         raise ConfigError("annotations: source table has no block table")
     rows = _rows(path, columns)
     found: list[Annotation] = []
-    previous = clock_seconds(recording.extra.get("start_time", "")) if columns.unit == "clock" else Fraction(0)
+    previous = start_clock(recording) if columns.unit == "clock" else Fraction(0)
     if previous is None:
         raise RecordingError(
             "ANNOTATION_INVALID", f"{path}: times of day, but {recording.path.name} does not say when it began"
@@ -91,6 +91,15 @@ def clock_seconds(text: str) -> Fraction | None:
     if match[4]:
         hours = hours % 12 + (12 if match[4].lower() == "pm" else 0)
     return hours * 3600 + minutes * 60 + seconds if hours < 24 and minutes < 60 and seconds < 61 else None
+
+
+def start_clock(recording: Recording) -> Fraction | None:
+    """Seconds of the day of a recording's first sample, or None where its file does not say when it began.
+
+    A header's clock has whole seconds; what EDF+ and others state beyond them stands in `extra["start_subsecond"]`.
+    """
+    clock = clock_seconds(recording.extra.get("start_time", ""))
+    return None if clock is None else clock + Fraction(recording.extra.get("start_subsecond") or 0)
 
 
 def nearest_clock(seconds_of_day: Fraction, before: Fraction) -> Fraction:

@@ -270,3 +270,10 @@ def test_broken_bids_events_are_refused(tmp_path: Path, text: str, message: str)
 )  # fmt: skip
 def test_clock_times(text: str, seconds: int | Fraction | None) -> None:
     assert clock_seconds(text) == seconds
+
+
+def test_times_of_day_count_from_the_first_sample_and_not_from_the_whole_second(tmp_path: Path) -> None:
+    table = {"onset": 1, "text": 2, "separator": ",", "unit": "clock", "header": False}
+    rows = corpus(table, pattern="a.csv", target="events", map={"x": "arousal"})
+    found = read(tmp_path, "a.csv", "22:00:01.5,x\n", rows, start_time="22:00:00", start_subsecond="1/3")
+    assert [event.onset for event in found.events] == [Fraction(7, 6)]

@@ -1,10 +1,13 @@
 """Labels from every source, mapped by the corpus file, and looked up by time."""
 
+from dataclasses import replace
+from datetime import time
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from edfio import Edf, EdfAnnotation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,6 +137,27 @@ def test_a_second_edf_file_is_found_by_glob_and_moved_by_its_start(tmp_path, sha
     with pytest.raises(RecordingError, match="2 label files") as caught:
         read_labels(recording(path), sleep)
     assert caught.value.reason == "ANNOTATION_INVALID"
+
+
+def test_fractions_of_a_second_of_both_starts_count(tmp_path):
+    rule = {"source": "edf_file", "pattern": "h.edf", "map": {"Sleep stage W": "W"}}
+    note = EdfAnnotation(onset=0, duration=60, text="Sleep stage W")
+    for there, onset in (("22:00:00.5", Fraction(1, 4)), ("22:00:01", Fraction(3, 4)), ("22:00:00", Fraction(-1, 4))):
+        Edf([], annotations=[note], starttime=time.fromisoformat(there)).write(tmp_path / "h.edf")
+        begun = recording(tmp_path / "a.edf", start_time="22:00:00", start_subsecond="1/4")
+        assert read_labels(begun, corpus(rule)).stages[0].onset == onset
+
+
+def test_a_declared_encoding_reaches_the_second_file(tmp_path):
+    note = EdfAnnotation(onset=0, duration=60, text="qqqqqq")
+    Edf([], annotations=[note]).write(tmp_path / "h.edf")
+    data = (tmp_path / "h.edf").read_bytes().replace(b"qqqqqq", "覚醒期".encode("shift_jis"))
+    (tmp_path / "h.edf").write_bytes(data)
+    rule = {"source": "edf_file", "pattern": "h.edf", "map": {"覚醒期": "W"}}
+    plain = recording(tmp_path / "a.edf")
+    assert not read_labels(plain, corpus(rule)).stages
+    declared = replace(plain, layout={"encoding": "shift_jis", "of_another_reader": 1})
+    assert spans(read_labels(declared, corpus(rule)).stages) == [(0, 60, "W")]
 
 
 def test_midnight_between_both_starts_counts_the_short_way(tmp_path, shared_data):
