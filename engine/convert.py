@@ -29,13 +29,14 @@ from engine.heartbeat import PROGRESS_DIR, Pulse, progress_path, read_progress
 from engine.history import refuse_repacked
 from engine.lock import locked
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
+from engine.probe import HeaderLimits
 from engine.sandbox import Job, Sandbox
 from engine.scan import ScanResult, load_sources, scan
 from engine.shardwriter import Spooled, write_shards
 from engine.storage import is_remote, sizes_in, work_folder, writable
 from engine.windows import recording_id
 from manifests.config import code_digest, start_run
-from manifests.corpora import Corpus
+from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe, load_recipe
 from manifests.shards import ShardEntry
@@ -141,7 +142,7 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
                 path=item.path,
                 reason=reason,
                 message=str(error),
-                command=f"kymo scan {shlex.quote(str(root / item.path))}",
+                command=_command(context, item),
             )
         )
     tally.inputs.append(
@@ -157,6 +158,13 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
         )
     )
     return reason
+
+
+def _command(context: Context, item: PlanItem) -> str:
+    """What shows a rejected recording again, by its corpus file: subjects, units and layouts may stand there."""
+    names = {load_corpus(source.corpus).id: source.corpus for source in context.config.sources}
+    words = ["kymo", "scan", str(context.roots[item.corpus]), "--corpus", names[item.corpus], "--only", item.path]
+    return shlex.join(words)
 
 
 def limits_of(config: ConvertConfig) -> Limits:
@@ -240,6 +248,7 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
         work=work_folder(config.output, config.scratch),
         salt=config.salt(),
         output=config.output,
+        limits=HeaderLimits(time_limit_s=config.time_limit_s, memory_limit_gb=config.memory_limit_gb),
     )
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
         patterns = ", ".join(result.corpora[name].files)

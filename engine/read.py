@@ -52,11 +52,24 @@ _MODULES = {
 }
 
 
+# Readers whose libraries may crash, hang or eat memory on a damaged header: compiled decoders of nested structures
+# (SciPy, HDF5, antio), and those that read a whole file to tell about it. `engine.probe` asks them in a child process.
+FRAGILE = frozenset({"ant", "arrays", "dicom", "eeglab", "fif", "nihon", "xdf"})
+
+Guard = Callable[[str, Reader], Reader]
+
+
 class _Readers(Mapping[str, Reader]):
-    """Readers by name. A module is loaded when it is first asked for: all their libraries cost more than a night."""
+    """Readers by name. A module is loaded when it is first asked for: all their libraries cost more than a night.
+
+    While `guard` is set, fragile readers come as what it makes of them.
+    """
+
+    guard: Guard | None = None
 
     def __getitem__(self, name: str) -> Reader:
-        return _load(_MODULES[name])
+        reader = _load(_MODULES[name])
+        return reader if self.guard is None or name not in FRAGILE else self.guard(name, reader)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_MODULES)

@@ -15,6 +15,7 @@ from typing import Any
 from engine.config import Source
 from engine.copies import local_copy, local_tables
 from engine.files import companions, corpus_files, identity_of, is_unlisted, refuse_foreign_names
+from engine.probe import HeaderLimits, guarded_headers
 from engine.read import read_header, sniff
 from engine.recording import MEMBER_MARK, Channel, Recording
 from engine.scan_cache import ScanCache
@@ -376,7 +377,13 @@ def _check_overlap(corpus: Corpus, other: Corpus, *, split: str) -> None:
 
 
 def scan(
-    sources: Iterable[Source], *, work: Path | None = None, salt: bytes = b"", output: Path | None = None
+    sources: Iterable[Source],
+    *,
+    work: Path | None = None,
+    salt: bytes = b"",
+    output: Path | None = None,
+    only: str = "",
+    limits: HeaderLimits | None = None,
 ) -> ScanResult:
     """Every recording of the sources, read from headers only, in the order of sources and paths.
 
@@ -385,29 +392,38 @@ def scan(
         work: Local folder to which recordings on a store are copied to read their headers; None: the system's.
         salt: Secret that persons are hashed with, see `ConvertConfig.salt_file`.
         output: Where is kept what was read of recordings on a store, so that it is read once.
+        only: Path of the one recording to look at, relative to its root as in a row; empty takes all.
+        limits: Of the child process that reads the headers of fragile formats.
 
     Raises:
-        ConfigError: A corpus or root that is missing, or a path whose subject cannot be read.
+        ConfigError: A corpus or root that is missing, a path whose subject cannot be read, or no recording `only`.
     """
     loaded = load_sources(sources, salt=salt)
     has_store = any(is_remote(root) for _, root in loaded)
     cache = ScanCache(output) if output is not None and has_store else None
-    rows: list[ScanRow] = []
-    for corpus, root in loaded:
-        paths = corpus_files(corpus, root)
-        if not is_remote(root):
-            rows += [_row(path, root, corpus, corpus.reader_of(path)) for path in paths]
-            continue
-        with local_tables(corpus, root, work=work) as (folder, tables), ThreadPoolExecutor(_NUM_REQUESTS) as pool:
-            near = _Near(folder=folder, tables=tables, cache=cache)
-            identities = pool.map(lambda path, of=corpus: _identity_or_name(path, of.reader_of(path), of), paths)
-            rows += [
-                _row(path, root, corpus, corpus.reader_of(path), identified=identified, near=near)
-                for path, identified in zip(paths, identities, strict=True)
-            ]
-    if cache is not None:
+    with guarded_headers(limits or HeaderLimits()):
+        rows = [row for corpus, root in loaded for row in _rows(corpus, root, work=work, cache=cache, only=only)]
+    if only and not rows:
+        raise ConfigError(
+            f"--only {only}: no recording of {', '.join(corpus.id for corpus, _ in loaded)} has that path"
+        )
+    if cache is not None and not only:
         cache.save()
     return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
+
+
+def _rows(corpus: Corpus, root: Path, *, work: Path | None, cache: ScanCache | None, only: str) -> list[ScanRow]:
+    """Rows of one corpus."""
+    paths = [path for path in corpus_files(corpus, root) if only in ("", path.relative_to(root).as_posix())]
+    if not is_remote(root):
+        return [_row(path, root, corpus, corpus.reader_of(path)) for path in paths]
+    with local_tables(corpus, root, work=work) as (folder, tables), ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        near = _Near(folder=folder, tables=tables, cache=cache)
+        identities = pool.map(lambda path: _identity_or_name(path, corpus.reader_of(path), corpus), paths)
+        return [
+            _row(path, root, corpus, corpus.reader_of(path), identified=identified, near=near)
+            for path, identified in zip(paths, identities, strict=True)
+        ]
 
 
 def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
@@ -429,5 +445,6 @@ def scan_folder(root: Path) -> ScanResult:
     if not root.exists():
         raise ConfigError(f"{root}: no such file or folder; give a folder with recordings")
     base = root if root.is_dir() and sniff(root) is None else root.parent
-    rows = tuple(_row(path, base, None, reader) for path, reader in _recordings_in(root))
+    with guarded_headers(HeaderLimits()):
+        rows = tuple(_row(path, base, None, reader) for path, reader in _recordings_in(root))
     return ScanResult(rows=rows, corpora={})

@@ -24,6 +24,7 @@ SnapshotDir = typer.Argument(help="Folder that kymo convert has written.", metav
 def scan(
     folder: str = typer.Argument(help="Folder with recordings, or one file; with --corpus also s3://bucket/folder."),
     corpus: str | None = typer.Option(None, help="Name of a shipped corpus, or path of a corpus YAML."),
+    only: str = typer.Option("", help="Path of one recording of the corpus, as the tables and quarantine show it."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
 ) -> None:
     """Show what lies in a folder, from headers only.
@@ -34,8 +35,12 @@ def scan(
     from engine.config import Source
     from engine.storage import location
 
+    if only and not corpus:
+        raise ConfigError("--only: needs --corpus, which tells the recordings; without one give the file itself")
     root = location(folder)
-    result = engine_scan.scan([Source(corpus=corpus, root=root)]) if corpus else engine_scan.scan_folder(root)
+    result = (
+        engine_scan.scan([Source(corpus=corpus, root=root)], only=only) if corpus else engine_scan.scan_folder(root)
+    )
     if not result.rows:
         wanted = f"files of corpus {corpus}" if corpus else "recordings (EDF, EDF+, BDF, WFDB), known by their content"
         raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")

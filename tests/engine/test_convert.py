@@ -80,7 +80,7 @@ def test_a_recording_whose_process_was_killed_comes_with_the_next_run(
     assert content(tiny_config.output)["digest"] != content(converted.output)["digest"]
     monkeypatch.undo()
     convert_all(tiny_config)
-    assert content(tiny_config.output) == content(converted.output)
+    assert content(tiny_config.output)["digest"] == content(converted.output)["digest"]
 
 
 def test_commits_account_for_every_recording(converted: ConvertConfig) -> None:
