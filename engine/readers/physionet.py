@@ -20,28 +20,21 @@ from typing import Any
 import numpy as np
 import wfdb
 
+from engine.readers.physionet_samples import (
+    BITS,
+    DIRECT,
+    SAMPLE_BYTES,
+    flac_length,
+    read_samples,
+    scale_samples,
+    sum_16,
+)
 from engine.recording import Channel, Recording, Segment
 from manifests.errors import RecordingError
 
-# Bytes of one sample, by format; compressed formats have none.
-_SAMPLE_BYTES = {
-    "8": Fraction(1),
-    "16": Fraction(2),
-    "24": Fraction(3),
-    "32": Fraction(4),
-    "61": Fraction(2),
-    "80": Fraction(1),
-    "160": Fraction(2),
-    "212": Fraction(3, 2),
-    "310": Fraction(4, 3),
-    "311": Fraction(4, 3),
-}
-# Bits of one sample: the lowest number they hold means "no valid sample". Format 8 has no such code.
-_BITS = {"16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 10, "311": 10}
-_BITS |= {"508": 8, "516": 16, "524": 24}
 _BLOCK_FRAMES = 12 << 16  # a multiple of the 2 or 3 samples that formats 212, 310 and 311 pack together
+_DIRECT_SAMPLES = 1 << 17  # of all signals in a block that no decoder of wfdb has to be called for: fits the L2 cache
 _MAX_HEADER_BYTES = 16 << 20  # headers are text of some kilobytes; a day in a thousand segments has 100
-_FLAC_SAMPLES_PER_BYTE = 6000  # of one channel: a frame of 65,535 equal samples takes a dozen bytes
 _MAX_RATE_HZ, _MAX_GAIN = 10**8, 1e30
 _COMMENT = re.compile(r"\s*([A-Za-z]\w{0,30})\s*:\s*(.*)")
 _RECORD_NAME = re.compile(r"([-\w]+)(\.\w+)(?=[ \t])")
@@ -156,32 +149,73 @@ def read_signals(recording: Recording, indices: Sequence[int]) -> list[np.ndarra
 
 def _decode(part: _Part, views: Mapping[int, np.ndarray], is_raw: Mapping[int, bool], path: Path) -> None:
     """Signals of one part, written to `views` by signal: shifted by their skew, in units or as digital values."""
-    record, rows = part.record, list(views)
-    is_whole_only = record.sig_len is None or "8" in record.fmt  # format 8 holds differences
-    step = part.num_frames if is_whole_only else _BLOCK_FRAMES
-    sums = dict.fromkeys(rows, 0)
-    for start in range(0, part.num_frames, step):
-        stop = None if record.sig_len is None else min(part.num_frames, start + step)
-        block = _read(part.name, path, rows, (start, stop), has_big_endian="61" in record.fmt)
-        for row, digital in zip(rows, block, strict=True):
-            per_frame = record.samps_per_frame[row] or 1
-            count = (min(part.num_frames, start + step) - start) * per_frame
-            if len(digital) != count:
-                raise RecordingError("TRUNCATED", f"{path}: {len(digital)} samples of signal {row}, not {count}")
-            sums[row] += int(np.sum(digital, dtype=np.int64))
-            values = digital.astype(np.float64)
-            if not is_raw[row]:
-                values -= record.baseline[row] or 0
-                values /= record.adc_gain[row]
-            if record.fmt[row] in _BITS:
-                values[digital == -(1 << (_BITS[record.fmt[row]] - 1))] = np.nan
-            first = (start - (record.skew[row] or 0)) * per_frame
-            views[row][max(0, first) : first + count] = values[max(0, -first) :]
+    record = part.record
+    sums = dict.fromkeys(views, 0)
+    for row, start, digital in _digital(part, list(views), path):
+        per_frame = record.samps_per_frame[row] or 1
+        sums[row] += sum_16(digital)
+        first = (start - (record.skew[row] or 0)) * per_frame
+        scale_samples(
+            digital[max(0, -first) :],
+            views[row][max(0, first) : max(0, first + len(digital))],
+            name=record.fmt[row],
+            gain=1.0 if is_raw[row] else record.adc_gain[row],
+            baseline=0 if is_raw[row] else record.baseline[row] or 0,
+        )
     for row, view in views.items():
         if skew := (record.skew[row] or 0) * (record.samps_per_frame[row] or 1):
             view[-skew:] = np.nan
     if part.num_frames == record.sig_len:
         _check_sums(record, sums, path)
+
+
+def _digital(part: _Part, rows: Sequence[int], path: Path) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Signal, first frame and digital values of block after block, (frames * samples per frame,)."""
+    record = part.record
+    for name in dict.fromkeys(record.file_name[row] for row in rows):
+        wanted = [row for row in rows if record.file_name[row] == name]
+        if record.fmt[wanted[0]] in DIRECT:
+            yield from _direct_blocks(part, name, wanted, path)
+        else:
+            yield from _wfdb_blocks(part, wanted, path)
+
+
+def _direct_blocks(part: _Part, name: str, rows: Sequence[int], path: Path) -> Iterator[tuple[int, int, np.ndarray]]:
+    record = part.record
+    signals = [index for index, other in enumerate(record.file_name) if other == name]
+    counts = [record.samps_per_frame[index] or 1 for index in signals]
+    width = sum(counts)
+    places = {row: sum(counts[: signals.index(row)]) for row in rows}
+    step = max(12, min(_BLOCK_FRAMES, _DIRECT_SAMPLES // width) // 12 * 12)
+    for start in range(0, part.num_frames, step):
+        num_frames = min(step, part.num_frames - start)
+        try:
+            block = read_samples(
+                Path(part.name).parent / name,
+                record.fmt[signals[0]],
+                offset=record.byte_offset[signals[0]] or 0,
+                first=start * width,
+                count=num_frames * width,
+            ).reshape(num_frames, width)
+        except OSError as error:
+            raise RecordingError("TRUNCATED", f"{path}: signal file {name} cannot be read: {error.strerror}") from error
+        for row in rows:
+            per_frame = record.samps_per_frame[row] or 1
+            yield row, start, np.ascontiguousarray(block[:, places[row] : places[row] + per_frame]).reshape(-1)
+
+
+def _wfdb_blocks(part: _Part, rows: list[int], path: Path) -> Iterator[tuple[int, int, np.ndarray]]:
+    record = part.record
+    is_whole_only = record.sig_len is None or "8" in record.fmt  # format 8 holds differences
+    step = part.num_frames if is_whole_only else _BLOCK_FRAMES
+    for start in range(0, part.num_frames, step):
+        stop = min(part.num_frames, start + step)
+        block = _read(part.name, path, rows, (start, None if record.sig_len is None else stop))
+        for row, digital in zip(rows, block, strict=True):
+            count = (stop - start) * (record.samps_per_frame[row] or 1)
+            if len(digital) != count:
+                raise RecordingError("TRUNCATED", f"{path}: {len(digital)} samples of signal {row}, not {count}")
+            yield row, start, digital
 
 
 def _lines(text: str) -> list[str]:
@@ -244,9 +278,13 @@ def _parse(name: str, path: Path) -> Any:
         reason = "HEADER_INVALID" if missing == f"{Path(name).name}.hea" else "TRUNCATED"  # a segment's header
         raise RecordingError(reason, f"{path}: {missing} is missing; a record's header is a .hea file") from error
     except OSError as error:
-        raise RecordingError("HEADER_INVALID", f"{path}: {error}") from error
+        what = error.strerror or type(error).__name__
+        raise RecordingError("HEADER_INVALID", f"{path}: a header cannot be read: {what}") from error
     except _WFDB_ERRORS as error:
-        what = "a git-lfs pointer; fetch the file itself" if "git-lfs" in _header_text(path) else str(error)
+        # wfdb quotes what it cannot read, and a header may name a person anywhere.
+        what = f"breaks the rules of a WFDB header ({type(error).__name__}); compare it with wfdb.io/spec"
+        if "git-lfs" in _header_text(path):
+            what = "a git-lfs pointer; fetch the file itself"
         raise RecordingError("HEADER_INVALID", f"{path}: {what}") from error
     for single in record.segments if _is_multi(record) else [record]:
         if single is not None:
@@ -277,34 +315,28 @@ def _frame_rate(record: Any, path: Path) -> Fraction:
     return rate
 
 
-def _read(
-    name: str, path: Path, rows: list[int], span: tuple[int, int | None], *, has_big_endian: bool
-) -> list[np.ndarray]:
+def _read(name: str, path: Path, rows: list[int], span: tuple[int, int | None]) -> list[np.ndarray]:
     """Digital values of some signals of a single-segment record, in a span of frames."""
     start, stop = span
     try:
-        # wfdb gives no digital values of format 61 (big-endian): its units, in float64, lead back to them exactly
         record: Any = wfdb.rdrecord(
             name,
             channels=rows,
             sampfrom=start,
             sampto=stop,
-            physical=has_big_endian,
+            physical=False,
             smooth_frames=False,
             ignore_skew=True,
-            return_res=64 if has_big_endian else 32,
+            return_res=32,
         )
     except OSError as error:
-        raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {error}") from error
+        what = error.strerror or type(error).__name__
+        raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {what}") from error
     except _WFDB_ERRORS as error:
-        raise RecordingError("SIGNAL_INVALID", f"{path}: {type(error).__name__}: {error}") from error
-    if not has_big_endian:
-        return record.e_d_signal
-    calibrations = zip(record.e_p_signal, record.adc_gain, record.baseline, record.fmt, strict=True)
-    return [
-        np.nan_to_num(np.rint(signal * gain + baseline), nan=-(1 << (_BITS.get(name, 1) - 1))).astype(np.int64)
-        for signal, gain, baseline, name in calibrations
-    ]
+        raise RecordingError(
+            "SIGNAL_INVALID", f"{path}: wfdb cannot decode a signal file ({type(error).__name__}); get a sound copy"
+        ) from error
+    return record.e_d_signal
 
 
 def _is_multi(record: Any) -> bool:
@@ -442,22 +474,13 @@ def _frames_in(signal_path: Path, record: Any, signals: Sequence[int], path: Pat
     formats = {record.fmt[index] for index in signals}
     counts = [record.samps_per_frame[index] or 1 for index in signals]
     offset = record.byte_offset[signals[0]] or 0
-    if len(formats) > 1 or not formats <= {*_BITS, *_SAMPLE_BYTES}:
+    if len(formats) > 1 or not formats <= {*BITS, *SAMPLE_BYTES}:
         shown = ", ".join(sorted(formats))
         raise RecordingError("FORMAT_UNSUPPORTED", f"{path}: formats {shown} in one file; expected one known to WFDB")
     (name,) = formats
-    if name in _SAMPLE_BYTES:
-        return max(0, int((signal_path.stat().st_size - offset) / (_SAMPLE_BYTES[name] * sum(counts))))
-    with signal_path.open("rb") as stream:
-        start = stream.read(26)
-    if start[:4] != b"fLaC" or len(start) < 26:
-        raise RecordingError("SIGNAL_INVALID", f"{path}: signal file {signal_path.name} is no FLAC file")
-    total = int.from_bytes(start[18:26], "big") & ((1 << 36) - 1)  # samples by the STREAMINFO block
-    if total > _FLAC_SAMPLES_PER_BYTE * signal_path.stat().st_size:
-        raise RecordingError(
-            "SIGNAL_INVALID", f"{path}: {signal_path.name} claims {total} samples, more than its bytes can hold"
-        )
-    return max(0, total - offset) // counts[0]
+    if name in SAMPLE_BYTES:
+        return max(0, int((signal_path.stat().st_size - offset) / (SAMPLE_BYTES[name] * sum(counts))))
+    return max(0, flac_length(signal_path, path) - offset) // counts[0]
 
 
 def _check_sums(record: Any, sums: Mapping[int, int], path: Path) -> None:

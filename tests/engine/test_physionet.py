@@ -302,7 +302,7 @@ def test_a_short_segment_is_read_as_far_as_it_goes_and_a_missing_one_refused(tmp
         (["m/2 2 100 16", "one 10", "three 6"], "segments of 2 and 1 signals"),
         (["m/2 2 50 16", "one 10", "two 6"], "a segment of 100 Hz"),
         (["m/2 2 100 16", "one 8", "two 6"], "8 frames of a segment that has 10"),
-        (["m/1 2 100 16", "m 16"], "sig_name must be"),
+        (["m/1 2 100 16", "m 16"], "breaks the rules"),
         (["m/2 2 100 16", "one 10", "../one 6"], "other folders"),
         (["m/2 2 100 16", "one 10", "/etc/passwd 6"], "other folders"),
         (["m 1 100 16", "/etc/passwd 16 1/uV"], "other folders"),
@@ -320,6 +320,14 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path, lines, word):
     with pytest.raises(RecordingError, match=word) as caught:
         read_header(segments(tmp_path, lines, **parts), "wfdb")
     assert caught.value.reason == "HEADER_INVALID"
+
+
+def test_no_message_quotes_the_header(tmp_path):
+    lines = ["m 1 100 16", "one.dat Jane_Doe 1/uV"], ["m Jane_Doe 100 16", "one.dat 16 1/uV"], ["m 1 100 16 Jane Doe"]
+    for text in lines:
+        with pytest.raises(RecordingError) as caught:
+            read_header(segments(tmp_path, text, one=(ONE, ["C3", "C4"])), "wfdb")
+        assert "Doe" not in str(caught.value)
 
 
 def test_companions_of_a_multi_segment_record_are_its_headers_and_signal_files(shared_data, tmp_path):
