@@ -123,6 +123,11 @@ def _add_content(report: mne.Report, data: ReportData) -> None:
 
 
 def _add_losses(report: mne.Report, data: ReportData) -> None:
+    if not data.commits:  # an empty table would say that nothing was lost
+        parent = escape(str(data.snapshot.provenance.get("parent", "from which it was made")))
+        text = f"The folder holds no commits: what was lost stands in the report of snapshot {parent}."
+        _add_html(report, _note(text), "From files to windows", section="Losses")
+        return
     caption = "What came in, what was lost for which reason, what is left."
     _add_figure(report, draw_losses(losses(data)), "From files to windows", section="Losses", caption=caption)
     waivers = read_waivers(data.folder)

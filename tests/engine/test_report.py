@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from html import unescape
@@ -9,6 +10,8 @@ import pytest
 
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
+from engine.quarantine import rejected, waive
+from engine.repack import repack
 from engine.report import html_table, write_report
 from engine.report_data import (
     Losses,
@@ -262,3 +265,34 @@ def test_recorded_rates_pass_the_whole_engine(native, tmp_path):
     (symbols,) = channels_by_recording(data).values()
     assert len(symbols) == sum(len(row) for row in data.samples.slice(0).column("symbols").to_pylist()) / 60
     assert "Units in doubt" in write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_repacked_snapshot_tells_where_its_losses_stand_and_not_that_there_were_none(snapshot, tmp_path):
+    repack(snapshot, tmp_path / "new")
+    text = unescape(write_report(tmp_path / "new", tmp_path / "page.html").read_text())
+    digest = read_report_data(snapshot).snapshot.digest
+    assert f"what was lost stands in the report of snapshot {digest}" in text
+    for word in ("No recording was quarantined", "Every channel label was resolved", "amplitude is plausible"):
+        assert word not in text
+    assert "Hours by corpus and kind" in text
+    assert "1 of them quarantined" in text
+
+
+def test_a_waiver_stands_beside_its_recording_as_text(snapshot, tmp_path):
+    folder = tmp_path / "waived"
+    shutil.copytree(snapshot, folder)
+    (item,) = rejected(folder)
+    assert "waived" not in quarantine_columns(write_report(folder, tmp_path / "before.html"))
+    waive(folder, [item.path], note="amplifier <b>off</b>")
+    page = write_report(folder, tmp_path / "after.html")
+    assert "waived" in quarantine_columns(page)
+    text = page.read_text()
+    assert "amplifier &lt;b&gt;off&lt;/b&gt; (20" in text
+    assert "<b>off</b>" not in text
+
+
+def quarantine_columns(page):
+    """Header cells of the table of quarantined recordings."""
+    tables = re.findall(r"<table.*?</table>", page.read_text(), flags=re.DOTALL)
+    (found,) = [table for table in tables if "<th>message</th>" in table]
+    return re.findall(r"<th>(.*?)</th>", found)
