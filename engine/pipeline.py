@@ -26,7 +26,9 @@ from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import append_progress
 from engine.lock import locked
 from engine.plan import PlanItem, Unit
+from engine.sandbox import where_of
 from engine.storage import is_remote, remove_dead_work, work_folder, writable
+from manifests.errors import ConfigError, ContractError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,10 @@ class ConvertActor:
         try:
             return convert_unit(unit, context=self._context, sandbox=self._sandbox)
         except Exception as error:
-            append_progress(self._context.config.output, unit.id, {"error": f"{type(error).__name__}: {error}"})
+            # Our own errors are told in full; the words of another one may be of a header, Ray's log has them.
+            is_ours = isinstance(error, (ConfigError, ContractError))
+            told = f"{type(error).__name__}: {error}" if is_ours else f"unit {unit.id}: {where_of(error)}"
+            append_progress(self._context.config.output, unit.id, {"error": told})
             raise
 
 

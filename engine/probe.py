@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from engine.child import Child, line_of, serve
-from engine.read import READERS, Reader
+from engine.read import READERS, Reader, alone
 from engine.recording import Recording
 from manifests.errors import ConfigError, ContractError, RecordingError
 
@@ -75,7 +75,10 @@ class _Probe:
             return list(self.ask(name, "members", path, layout))
 
         return replace(
-            reader, read_header=read_header, companions=companions, members=members if reader.members else None
+            reader,
+            read_header=read_header,
+            companions=alone if reader.companions is alone else companions,
+            members=members if reader.members else None,
         )
 
 

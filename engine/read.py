@@ -13,7 +13,8 @@ from engine.recording import Recording
 from manifests.errors import ConfigError, RecordingError
 
 
-def _alone(path: Path) -> list[Path]:  # noqa: ARG001 - the signature of Reader.companions
+def alone(path: Path) -> list[Path]:  # noqa: ARG001 - the signature of Reader.companions
+    """Companions of a recording that is one file: none."""
     return []
 
 
@@ -27,7 +28,7 @@ class Reader:
 
     read_header: Callable[[Path, Mapping[str, object]], Recording]
     read_signals: Callable[[Recording, Sequence[int]], list[np.ndarray]]
-    companions: Callable[[Path], list[Path]] = _alone
+    companions: Callable[[Path], list[Path]] = alone
     members: Callable[[Path, Mapping[str, object]], list[str]] | None = None
 
 

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -187,6 +188,12 @@ def convert_recording(job: Job) -> dict[str, Any]:
     }
 
 
+def where_of(error: Exception) -> str:
+    """Type of an error and the line that raised it: what may stand in a ledger, for its words may be of a header."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return " ".join([type(error).__name__, *(f"at {Path(frame.filename).name}:{frame.lineno}" for frame in last)])
+
+
 def guarded(job: Job, convert: Callable[[Job], dict[str, Any]] = convert_recording) -> dict[str, Any]:
     """The answer of `convert`, or `{"error": [reason, message]}`: the one place where a recording's fault ends.
 
@@ -208,7 +215,7 @@ def guarded(job: Job, convert: Callable[[Job], dict[str, Any]] = convert_recordi
         if isinstance(error, OSError) and error.errno in _INPUT_ERRORS:
             return {"error": ["UNREADABLE", f"{job.path}: {error}; check its rights and the disk, then run again"]}
         logger.warning("%s: %s", job.path, error, exc_info=True)
-        reason, message = "CRASHED", f"{job.path}: {type(error).__name__}: {error}"
+        reason, message = "CRASHED", f"{job.path}: {where_of(error)}; the log of the run has its words"
     return {"error": [reason, message[:_MESSAGE_CHARACTERS]]}
 
 
