@@ -319,16 +319,8 @@ def _read(name: str, path: Path, rows: list[int], span: tuple[int, int | None]) 
     """Digital values of some signals of a single-segment record, in a span of frames."""
     start, stop = span
     try:
-        record: Any = wfdb.rdrecord(
-            name,
-            channels=rows,
-            sampfrom=start,
-            sampto=stop,
-            physical=False,
-            smooth_frames=False,
-            ignore_skew=True,
-            return_res=32,
-        )
+        options: dict[str, Any] = {"physical": False, "smooth_frames": False, "ignore_skew": True, "return_res": 32}
+        record: Any = wfdb.rdrecord(name, channels=rows, sampfrom=start, sampto=stop, **options)
     except OSError as error:
         what = error.strerror or type(error).__name__
         raise RecordingError("TRUNCATED", f"{path}: a signal file cannot be opened: {what}") from error
