@@ -53,7 +53,7 @@ def local_copy(path: Path, root: Path, corpus: Corpus, *, work: Path | None) -> 
         for name in companions(path, corpus.reader_of(path), corpus):
             download(name, _inside(name, root, folder))
         copy = _inside(path, root, folder)
-        if not split_member(copy)[0].is_file():
+        if not split_member(copy)[0].exists():  # a file, or an `.mff` folder
             raise RecordingError("INPUT_CHANGED", f"{path}: no longer there; convert again")
         yield copy, folder
     except FileNotFoundError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.label_files import label_cells, label_files
 from engine.read import READERS
-from engine.readers.magic import is_mff
+from engine.readers.magic import MFF_FILES, is_mff
 from engine.recording import MEMBER_MARK, split_member
 from engine.storage import glob_matches, is_remote, names_under, read_ranges
 from manifests.corpora import Corpus, who_of
@@ -69,7 +69,10 @@ def _objects(corpus: Corpus, root: Path) -> list[Path]:
     def fits(name: Sequence[str], patterns: Sequence[str]) -> bool:
         return any(glob_matches(name, pattern.split("/")) for pattern in patterns)
 
-    found = sorted(name for name in names if fits(name, corpus.files) and not fits(name, corpus.exclude))
+    listed = set(names)
+    # A store has no folders: a recording that is one shows by the files that its objects' names share a beginning with.
+    folders = {name[:-1] for name in names if len(name) > 1 and all((*name[:-1], file) in listed for file in MFF_FILES)}
+    found = sorted(name for name in listed | folders if fits(name, corpus.files) and not fits(name, corpus.exclude))
     return [root.joinpath(*name) for name in found]
 
 
@@ -145,7 +148,9 @@ def _sampled(names: Sequence[Path]) -> tuple[str, int]:
         step = max(_EDGE_BYTES, size // _NUM_BLOCKS)
         offsets = list({*range(0, size, step), max(0, size - _EDGE_BYTES)})
         lengths = [_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096 for offset in offsets]
-        for offset, block in zip(offsets, read_ranges(name, list(zip(offsets, lengths, strict=True))), strict=True):
+        # A store answers to any range of an empty object that it is impossible.
+        blocks = read_ranges(name, list(zip(offsets, lengths, strict=True))) if size else [b""] * len(offsets)
+        for offset, block in zip(offsets, blocks, strict=True):
             sha.update(str(offset).encode())
             sha.update(block)
     return sha.hexdigest()[:16], total

@@ -12,6 +12,7 @@ FIF_MAGIC = b"\x00\x00\x00\x64\x00\x00\x00\x1f\x00\x00\x00\x14"  # tag 100 (file
 MAT5_MAGIC = b"MATLAB 5.0 MAT-file"
 MAT73_MAGIC = b"MATLAB 7.3 MAT-file"
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MFF_FILES = ("info.xml", "signal1.bin")  # that a folder holds which is an EGI recording
 FIF_SPLIT_NAME = re.compile(r"(?P<stem>.*)_split-(?P<number>\d+)(?P<rest>_\w+\.fif(?:\.gz)?)")
 EGI_HEAD = struct.Struct(">i6hi5h")
 _EDF_SUFFIXES = frozenset({".edf", ".bdf"})
@@ -92,7 +93,7 @@ def is_simple_binary(start: bytes) -> bool:
 
 def is_mff(path: Path) -> bool:
     """Whether a folder is an EGI recording: it holds `info.xml` and a `signal1.bin`."""
-    return path.is_dir() and (path / "info.xml").is_file() and (path / "signal1.bin").is_file()
+    return path.is_dir() and all((path / name).is_file() for name in MFF_FILES)
 
 
 def _by_start(is_its: Callable[[bytes], bool]) -> Callable[[Path, bytes], bool]:

@@ -10,13 +10,19 @@ from upath import UPath
 
 from engine.config import ConvertConfig
 from engine.convert import convert_all
+from engine.copies import local_copy
 from engine.difference import difference
+from engine.files import corpus_files, identity_of
 from engine.heartbeat import Heartbeat, heartbeat_path
+from engine.preview import draw_sample, first_key
 from engine.quarantine import evidence, rejected, retry, waive
+from engine.read import read_header
 from engine.repack import repack
+from engine.report import write_report
 from engine.status import status
-from engine.storage import location
+from engine.storage import location, upload
 from engine.verify import verify
+from manifests.corpora import load_corpus
 from manifests.errors import ConfigError
 from manifests.shards import load_snapshot
 
@@ -35,7 +41,7 @@ def bucket() -> Iterator[Path]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        UPath(f"s3://{BUCKET}").fs.mkdir(BUCKET)
+        UPath(f"s3://{BUCKET}").fs.makedirs(BUCKET, exist_ok=True)  # moto keeps its buckets as long as the process
         yield location(f"s3://{BUCKET}/out")
         moto.stop()
         UPath(f"s3://{BUCKET}").fs.clear_instance_cache()
@@ -55,6 +61,9 @@ def test_everything_that_reads_a_snapshot_reads_it_from_a_store(
     with pytest.raises(ConfigError, match="give a local --out"):
         repack(converted.output, bucket / "c")
 
+    assert draw_sample(bucket, first_key(bucket), tmp_path / "preview.png").stat().st_size > 10_000
+    assert "Hours by corpus and kind" in write_report(bucket, tmp_path / "page.html").read_text()
+
     (item,) = rejected(bucket)
     assert not evidence(bucket, item.path).is_changed
     waive(bucket, [item.path], note="accepted")
@@ -69,3 +78,23 @@ def test_everything_that_reads_a_snapshot_reads_it_from_a_store(
     convert_all(config)
     assert load_snapshot(bucket).digest == digest
     assert status(bucket).is_final
+
+
+def test_a_recording_that_is_a_folder_is_found_on_a_store_and_copied_whole(
+    shared_data: Path, bucket: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "eeglab/testmff.mff"
+    root = bucket.parent / "raw"
+    for path in source.rglob("*"):
+        if path.is_file():
+            upload(path, root.joinpath("sub", source.name, *path.relative_to(source).parts))
+    corpus = load_corpus("synthetic_psg").model_copy(update={"files": ("**/*.mff",), "reader": "egi"})
+    (path,) = corpus_files(corpus, root)
+    assert path.relative_to(root).as_posix() == "sub/testmff.mff"
+    assert identity_of(path, "egi") == identity_of(source, "egi")
+    with local_copy(path, root, corpus, work=tmp_path / "work") as (copy, _):
+        found, expected = read_header(copy, "egi"), read_header(source, "egi")
+        assert (found.channels, found.annotations) == (expected.channels, expected.annotations)
+    assert corpus_files(corpus.model_copy(update={"exclude": ("sub/*.mff",)}), root) == []
+    UPath(root / "sub/testmff.mff/info.xml").unlink()
+    assert corpus_files(corpus, root) == []
