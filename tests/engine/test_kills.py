@@ -28,7 +28,7 @@ NUM_FOLDERS = 20
 KILLS_PER_FOLDER = 5
 SEED = 20261121
 # What each kind of process is called, and how often it is chosen. A driver or raylet ends the whole run.
-TARGETS = {"driver": 3, "raylet": 2, "actor": 3, "child": 4}
+TARGETS = {"driver": 2, "raylet": 2, "actor": 4, "child": 6}
 MARKS = {"raylet": "raylet/raylet", "actor": "ConvertActor", "child": "engine.sandbox"}
 EARLY_SHARE = 0.2  # of the runs may be killed while Ray still starts
 RUN_S = 240
@@ -102,7 +102,7 @@ def _disturb(process: subprocess.Popen[bytes], random_: random.Random, kills: li
             with suppress(psutil.Error):
                 target.kill()
                 kills.append(kind)
-        time.sleep(random_.uniform(0.1, 2.0))
+        time.sleep(random_.uniform(0.05, 1.0))
     assert process.poll() is not None, f"the conversion hangs: not over after {RUN_S} s, kills {kills}"
     return seen
 
