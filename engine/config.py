@@ -10,6 +10,7 @@ from engine.storage import Location
 from manifests.errors import ConfigError
 
 _MIN_SALT_BYTES = 16
+PUBLIC_SALT = "public"  # what a snapshot says of its salt where the lab gave none
 
 # Part of every unit's id: raise it when the same input would give other bytes.
 ENGINE_VERSION = 2
@@ -52,6 +53,8 @@ class ConvertConfig(_Strict):
             between labs: corpora that share persons then keep each person in one split. It stands in no output;
             another secret converts everything again.
         recheck: Read every committed shard again before the work begins, and convert the units of damaged ones again.
+        replace: Allow this conversion to remove shards of the snapshot that stands in the output because settings
+            differ from its own or recordings are gone. Without it such a conversion is refused.
         scratch: Folder on a local disk for spool files and copies of inputs from a store; null = `work` in a local
             output, the system's temporary folder for an output on a store. Each actor needs room for the output of
             one unit, one shard and the largest recording.
@@ -69,6 +72,7 @@ class ConvertConfig(_Strict):
     seed: int = 0
     salt_file: Path | None = None
     recheck: bool = False
+    replace: bool = False
     scratch: Path | None = None
 
     @field_validator("sources")

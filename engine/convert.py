@@ -22,11 +22,11 @@ from engine.commit import (
     remove_leftovers,
     write_commit,
 )
-from engine.config import ConvertConfig
+from engine.config import PUBLIC_SALT, ConvertConfig
 from engine.copies import local_copy
 from engine.finalise import ConvertResult, finalise
 from engine.heartbeat import PROGRESS_DIR, Pulse, progress_path, read_progress
-from engine.history import refuse_repacked
+from engine.history import refuse_repacked, sound_snapshot
 from engine.lock import locked
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
 from engine.probe import HeaderLimits
@@ -35,7 +35,7 @@ from engine.scan import ScanResult, load_sources, scan
 from engine.shardwriter import Spooled, write_shards
 from engine.storage import is_remote, sizes_in, work_folder, writable
 from engine.windows import recording_id
-from manifests.config import code_digest, start_run
+from manifests.config import code_digest, digest, start_run
 from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe, load_recipe
@@ -239,9 +239,47 @@ def convert_unit(
     return {"unit": unit.id, "windows": commit.counts.windows, "quarantined": commit.counts.quarantined}
 
 
+def _refuse_other_settings(config: ConvertConfig) -> None:
+    """Raise where another recipe or salt would remove every shard of the snapshot that stands in the output."""
+    snapshot = None if config.replace else sound_snapshot(config.output)
+    if snapshot is None:
+        return
+    recipe = load_recipe(config.recipe)
+    if digest(recipe.model_dump(mode="json")) != snapshot.recipe_digest:
+        what = f"recipe {snapshot.recipe['id']}, and {recipe.id} would give other bytes"
+    elif (config.salt_fingerprint() or PUBLIC_SALT) != snapshot.provenance.get("salt", PUBLIC_SALT):
+        what = "another salt_file"
+    else:
+        return
+    raise ConfigError(
+        f"{config.output}: the snapshot there was made with {what}: all its shards would go; "
+        "choose another output, or set replace=true"
+    )
+
+
+def _refuse_losses(config: ConvertConfig, units: Sequence[Unit]) -> None:
+    """Raise where recordings of the snapshot in the output are no longer among the sources."""
+    if config.replace or sound_snapshot(config.output) is None:
+        return
+    planned = {(item.corpus, item.path) for unit in units for item in unit.recordings}
+    before = [(item.corpus, item.path) for unit in read_plan(config.output) for item in unit.recordings]
+    gone = [name for name in before if name not in planned]
+    if gone:
+        raise ConfigError(
+            f"{config.output}: {len(gone)} of the {len(before)} recordings of the snapshot there are not among these "
+            f"sources ({': '.join(gone[0])}, …) and their shards would go. Is an archive not mounted, or is this the "
+            "output of another conversion? Choose another output, or set replace=true"
+        )
+
+
 def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
-    """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date."""
+    """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date.
+
+    Raises:
+        ConfigError: Wrong configuration, or one that would cost the snapshot in the output shards unasked.
+    """
     refuse_repacked(config.output)
+    _refuse_other_settings(config)
     start_run(config.output, config)
     result = scan(
         config.sources,
@@ -261,6 +299,7 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
                 f"max_unresolved allows {limit:.1%}; add them to channels (null leaves one out)"
             )
     units = plan(result, load_recipe(config.recipe), config, existing=read_plan(config.output))
+    _refuse_losses(config, units)
     write_plan(config.output, units)
     removed = remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch))
     if removed:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.commit import Commit, Quarantined, parquet_bytes, read_commits, sample_schema, samples_path
-from engine.config import ENGINE_VERSION, ConvertConfig
+from engine.config import ENGINE_VERSION, PUBLIC_SALT, ConvertConfig
 from engine.history import keep
 from engine.plan import Unit
 from engine.quarantine import KNOWN_BAD, WaiverKey, read_waivers
@@ -154,7 +154,7 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
         counts=counts,
         provenance={
             "engine_version": ENGINE_VERSION,
-            "salt": config.salt_fingerprint() or "public",
+            "salt": config.salt_fingerprint() or PUBLIC_SALT,
             **code_version(),
         },
     )

@@ -29,7 +29,7 @@ def _shards(snapshot: Snapshot) -> Set[tuple[str, str]]:
     return {(shard.path, shard.sha256) for shard in snapshot.shards}
 
 
-def _read(folder: Path) -> Snapshot | None:
+def sound_snapshot(folder: Path) -> Snapshot | None:
     """Snapshot of a folder; None for none, for a damaged one and for one of another version."""
     try:
         snapshot = load_snapshot(folder)
@@ -41,7 +41,9 @@ def _read(folder: Path) -> Snapshot | None:
 
 def earlier(output: Path) -> list[Snapshot]:
     """Earlier snapshots that are kept, the smallest first."""
-    found = [_read(folder) for folder in sorted((output / HISTORY_DIR).glob("[!.]*"))] if not is_remote(output) else []
+    if is_remote(output):
+        return []
+    found = [sound_snapshot(folder) for folder in sorted((output / HISTORY_DIR).glob("[!.]*"))]
     return sorted((item for item in found if item is not None), key=lambda item: item.counts.get("windows", 0))
 
 
@@ -76,10 +78,10 @@ def keep(output: Path, new: Snapshot) -> None:
         return
     shards = _shards(new)
     for folder in (output / HISTORY_DIR).glob("*"):
-        kept = None if folder.name.startswith(".") else _read(folder)
+        kept = None if folder.name.startswith(".") else sound_snapshot(folder)
         if kept is None or not _shards(kept) <= shards:
             shutil.rmtree(folder)
-    old = _read(output)
+    old = sound_snapshot(output)
     if old is None or old.digest == new.digest or not _shards(old) <= shards:
         return
     target = history_path(output, old.digest)

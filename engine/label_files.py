@@ -62,7 +62,8 @@ def label_file(path: Path, rule: AnnotationRule, corpus: Corpus) -> Path | None:
         return None
     raise RecordingError(
         "ANNOTATION_INVALID",
-        f"{path}: {len(found)} label files match {_filled(path, rule, corpus, escape=False)} beside it; 1 expected",
+        f"{path}: {len(found)} label files match {_filled(path, rule, corpus, escape=False)} beside it; 1 expected "
+        "(with annotations.required: false a recording may have none)",
     )
 
 

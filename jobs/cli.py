@@ -30,6 +30,8 @@ def options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log eve
     set_up_logging(verbose=verbose)
 
 
+# Packages whose errors tell of an object store and not of a fault of ours.
+STORE_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google"})
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 DATA, TRAINING, ADAPTERS, MACHINE = "Data", "Pretraining", "Adapters", "Machine"
 for panel, verb in (
@@ -76,6 +78,15 @@ def main() -> None:
         where = f"{error.filename} → {error.filename2}" if error.filename2 else error.filename
         console.print(
             f"[bold red]wrong input:[/] {escape(str(where))}: {error.strerror}; give another path", soft_wrap=True
+        )
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in STORE_CLIENTS:
+            raise
+        console.print(
+            f"[bold red]wrong input:[/] the object store does not answer ({type(error).__name__}: "
+            f"{escape(str(error))}); check the URL, the network, AWS_ENDPOINT_URL and the credentials",
+            soft_wrap=True,
         )
         sys.exit(2)
     except SystemExit as ended:

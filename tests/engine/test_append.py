@@ -132,7 +132,11 @@ def test_a_removed_recording_goes_with_its_unit_only(folder: Path) -> None:
     before, units = stamps(out), units_by_path(out)
     (gone,) = (path for path in units if "sub-003" in path)
     shutil.rmtree(folder / "root" / NIGHTS.format(3))
-    snapshot = convert_all(config_of(folder)).snapshot
+    with pytest.raises(ConfigError, match=r"1 of the 3 recordings .*sub-003.*not mounted.*replace=true"):
+        convert_all(config_of(folder))
+    assert stamps(out) == before
+    assert verify(out).is_sound
+    snapshot = convert_all(config_of(folder, replace=True)).snapshot
     assert snapshot is not None
     assert snapshot.counts["recordings"] == 2
     assert untouched(before, stamps(out)) == set(units.values()) - {units[gone]}
@@ -143,7 +147,12 @@ def test_a_removed_recording_goes_with_its_unit_only(folder: Path) -> None:
 def test_another_recipe_invalidates_all(folder: Path) -> None:
     out = folder / "out"
     before = stamps(out)
-    convert_all(config_of(folder, recipe="eeg200"))
+    (folder / "salt").write_text("0123456789abcdef", encoding="utf-8")
+    for other in ({"recipe": "eeg200"}, {"salt_file": folder / "salt"}):
+        with pytest.raises(ConfigError, match="all its shards would go"):
+            convert_all(config_of(folder, **other))
+    assert stamps(out) == before
+    convert_all(config_of(folder, recipe="eeg200", replace=True))
     assert untouched(before, stamps(out)) == set()
     assert not set(before) & set(stamps(out))
     assert verify(out, deep=True).is_sound

@@ -101,7 +101,7 @@ def test_a_secret_changes_every_hash_and_stands_nowhere(converted: ConvertConfig
     secret = hashlib.sha256(b"lab").hexdigest()
     path = tmp_path / "lab.salt"
     path.write_text(secret + "\n")
-    config = converted.model_copy(update={"salt_file": path})
+    config = converted.model_copy(update={"salt_file": path, "replace": True})
     public, plan = load_snapshot(converted.output), read_plan(converted.output)
     public_recordings = set(pq.read_table(converted.output / SAMPLES_FILE).column("recording").to_pylist())
     assert convert_all(config).counts["windows"] == 60
