@@ -272,20 +272,21 @@ def _refuse_losses(config: ConvertConfig, units: Sequence[Unit]) -> None:
         )
 
 
-def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
-    """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date.
+def scan_of(config: ConvertConfig, *, keep: bool = False) -> ScanResult:
+    """Scan of a conversion's sources.
+
+    Args:
+        config: The conversion.
+        keep: Remember in the output what was read on object stores, so that a rerun need not copy it again.
 
     Raises:
-        ConfigError: Wrong configuration, or one that would cost the snapshot in the output shards unasked.
+        ConfigError: A corpus without a file, or with more unknown labels than it allows.
     """
-    refuse_repacked(config.output)
-    _refuse_other_settings(config)
-    start_run(config.output, config)
     result = scan(
         config.sources,
         work=work_folder(config.output, config.scratch),
         salt=config.salt(),
-        output=config.output,
+        output=config.output if keep else None,
         limits=HeaderLimits(time_limit_s=config.time_limit_s, memory_limit_gb=config.memory_limit_gb),
     )
     for name in sorted(set(result.corpora) - {row.corpus for row in result.rows}):
@@ -298,6 +299,19 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
                 f"{name}.yaml: {share:.1%} of its channels have labels that nobody knows ({', '.join(labels)}), "
                 f"max_unresolved allows {limit:.1%}; add them to channels (null leaves one out)"
             )
+    return result
+
+
+def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
+    """Scan and plan of a conversion; the run's header comes first, `plan.jsonl` is brought up to date.
+
+    Raises:
+        ConfigError: Wrong configuration, or one that would cost the snapshot in the output shards unasked.
+    """
+    refuse_repacked(config.output)
+    _refuse_other_settings(config)
+    start_run(config.output, config)
+    result = scan_of(config, keep=True)
     units = plan(result, load_recipe(config.recipe), config, existing=read_plan(config.output))
     _refuse_losses(config, units)
     write_plan(config.output, units)

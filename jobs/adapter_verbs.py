@@ -49,7 +49,9 @@ def show_task_scores(scores: dict[str, dict]) -> None:
 
 def predict(
     bundle: Path = BundleDir,
-    file: Path = typer.Argument(help="EDF, EDF+, BDF, or the .hea of a WFDB record.", metavar="FILE"),
+    file: Path = typer.Argument(
+        help="A recording of any format that kymo scan shows; the .hea of a WFDB record.", metavar="FILE"
+    ),
     task: list[str] = typer.Option([], help="Only this task; repeatable."),
     out: Path = typer.Option(Path(), help="Folder for the CSV and EDF+ annotation files."),
     channel: list[str] = typer.Option([], help="LABEL=SYMBOL for a label that is not known; repeatable."),

@@ -42,7 +42,11 @@ def scan(
         engine_scan.scan([Source(corpus=corpus, root=root)], only=only) if corpus else engine_scan.scan_folder(root)
     )
     if not result.rows:
-        wanted = f"files of corpus {corpus}" if corpus else "recordings (EDF, EDF+, BDF, WFDB), known by their content"
+        wanted = (
+            f"files of corpus {corpus}"
+            if corpus
+            else "recordings of a format that tells by its content; tables and arrays need a corpus file (--corpus)"
+        )
         raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")
     channels = result.channel_rows()
     show_scan(result.corpus_rows(), channels[: limit or None], result.rate_rows()[: limit or None])
@@ -95,11 +99,11 @@ def plan(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
     """
     from engine import plan as engine_plan
     from engine.config import ConvertConfig
-    from engine.scan import scan as scan_sources
+    from engine.convert import scan_of
     from manifests.recipes import load_recipe
 
     settings = load_config(ConvertConfig, config, overrides or ())
-    scanned = scan_sources(settings.sources)
+    scanned = scan_of(settings)
     existing = engine_plan.read_plan(settings.output)
     units = engine_plan.plan(scanned, load_recipe(settings.recipe), settings, existing=existing)
     known = {unit.id for unit in existing}
