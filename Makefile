@@ -24,6 +24,7 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/signal_path.py --memory
 	$(BIN)/python benchmarks/load.py
 
 format: $(VENV)/.ready
