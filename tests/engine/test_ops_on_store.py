@@ -1,11 +1,9 @@
 """What an operator does with a conversion whose output lies on an object store, against moto's S3 on loopback."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 from upath import UPath
 
 from engine.config import ConvertConfig
@@ -30,21 +28,10 @@ BUCKET = "ops"
 
 
 @pytest.fixture
-def bucket() -> Iterator[Path]:
+def bucket(s3: None) -> Path:
     """An empty folder on an S3 server of the test's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        moto.start()
-        host, port = moto.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        UPath(f"s3://{BUCKET}").fs.makedirs(BUCKET, exist_ok=True)  # moto keeps its buckets as long as the process
-        yield location(f"s3://{BUCKET}/out")
-        moto.stop()
-        UPath(f"s3://{BUCKET}").fs.clear_instance_cache()
+    UPath(f"s3://{BUCKET}").fs.makedirs(BUCKET, exist_ok=True)
+    return location(f"s3://{BUCKET}/out")
 
 
 def test_everything_that_reads_a_snapshot_reads_it_from_a_store(

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
-from moto.server import ThreadedMotoServer
 from upath import UPath
 
 from engine import copies, lock, storage
@@ -48,20 +46,10 @@ BUCKET = "lab"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an S3 server with an empty bucket; its address and keys stand in the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        moto.start()
-        host, port = moto.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        UPath(f"s3://{BUCKET}").fs.mkdir(BUCKET)
-        yield f"s3://{BUCKET}"
-        moto.stop()
+def server(s3: None) -> str:
+    """URL of an empty bucket on an S3 server."""
+    UPath(f"s3://{BUCKET}").fs.mkdir(BUCKET)
+    return f"s3://{BUCKET}"
 
 
 @pytest.fixture
