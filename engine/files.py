@@ -148,8 +148,9 @@ def _sampled(names: Sequence[Path]) -> tuple[str, int]:
         step = max(_EDGE_BYTES, size // _NUM_BLOCKS)
         offsets = list({*range(0, size, step), max(0, size - _EDGE_BYTES)})
         lengths = [_EDGE_BYTES if offset in (0, size - _EDGE_BYTES) else 4096 for offset in offsets]
-        # A store answers to any range of an empty object that it is impossible.
-        blocks = read_ranges(name, list(zip(offsets, lengths, strict=True))) if size else [b""] * len(offsets)
+        # A store answers to any range of an empty object that it is impossible; a disk tells whether it can be read.
+        can_read = size or not is_remote(name)
+        blocks = read_ranges(name, list(zip(offsets, lengths, strict=True))) if can_read else [b""] * len(offsets)
         for offset, block in zip(offsets, blocks, strict=True):
             sha.update(str(offset).encode())
             sha.update(block)
