@@ -321,6 +321,13 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
     return result, units
 
 
+def finish(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
+    """Result of a conversion whose units are done; what killed processes of this run left behind goes."""
+    result = finalise(config, units)
+    remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch))
+    return result
+
+
 class Progress:
     """Turns the units' progress files into `ProgressRow`s; what was committed before has no part in the speed."""
 
@@ -381,4 +388,4 @@ def convert_all(config: ConvertConfig, *, progress: Callable[[ProgressRow], None
                     after_recording=None if progress is None else lambda: progress(meter.row()),
                 )
         check_lock()
-        return finalise(config, units)
+        return finish(config, units)

@@ -21,8 +21,8 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from engine.commit import pending
 from engine.config import ConvertConfig
-from engine.convert import Context, Progress, ProgressRow, convert_unit, limits_of, prepare
-from engine.finalise import ConvertResult, finalise
+from engine.convert import Context, Progress, ProgressRow, convert_unit, finish, limits_of, prepare
+from engine.finalise import ConvertResult
 from engine.heartbeat import append_progress
 from engine.lock import locked
 from engine.plan import PlanItem, Unit
@@ -169,4 +169,4 @@ def run(config: ConvertConfig, *, progress: Callable[[ProgressRow], None] | None
             with _ray(config.num_cpus), _quiet(), _watched(meter, progress, poll_s=poll_s):
                 _convert_units(config, todo)
         check_lock()
-        return finalise(config, units)
+        return finish(config, units)

@@ -305,3 +305,16 @@ def test_real_recordings_of_several_corpora_share_a_snapshot(shared_data: Path, 
 def test_the_output_starts_with_the_resolved_configuration(converted: ConvertConfig) -> None:
     assert read_yaml(converted.output / "config.yaml")["recipe"] == converted.recipe
     assert json.loads((converted.output / "version.json").read_text())["code_digest"]
+
+
+def test_what_a_killed_actor_left_goes_at_the_end_of_the_run(tiny_config: ConvertConfig) -> None:
+    output = tiny_config.output
+
+    def leave(_: object) -> None:
+        (output / "work" / "0123-99999").mkdir(parents=True, exist_ok=True)
+        (output / "shards").mkdir(exist_ok=True)
+        (output / "shards" / ".0123-00000.tar.99999.tmp").write_bytes(b"half a shard")
+
+    convert_all(tiny_config, progress=leave)
+    assert not list(output.rglob("*.tmp"))
+    assert not list((output / "work").glob("*"))
