@@ -16,7 +16,6 @@ from manifests.channels import (
     REFERENCES,
     UNITS,
     ChannelTag,
-    Site,
     Unresolved,
     positions,
     resolve,
@@ -32,7 +31,8 @@ FROZEN_DIGEST = "e97e0563c1b51ef2064421936e307a1148c04a52535f7cc9686b76c2e0ebdee
 TEN_TWENTY = ("Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "T7", "C3", "Cz", "C4", "T8", "P7", "P3", "Pz", "P8", "O1")
 
 # Places that are no label by themselves, or that two meanings share: only a symbol or a corpus file names them.
-NOT_A_LABEL = {"Pg1", "Pg2", "finger", "ear", "body", "single_lead", "skin", "rectal", "horizontal", "vertical"}
+# `flow` alone is another sensor in every corpus, so only a corpus file can say which site it is.
+NOT_A_LABEL = {"flow", "Pg1", "Pg2", "finger", "ear", "body", "single_lead", "skin", "rectal", "horizontal", "vertical"}
 
 LABEL_ROWS = [row for row in sites() if row.site not in REFERENCES]
 SPELLINGS = [(row, name) for row in LABEL_ROWS for name in (row.site, *row.aliases) if name not in NOT_A_LABEL]
@@ -227,16 +227,12 @@ def test_resolve_never_raises_and_reads_its_own_symbol(label: str) -> None:
     assert 0 < found.anode_id < site_ids()
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.sampled_from(SPELLINGS),
-    st.sampled_from([str, str.upper, str.lower]),
-    st.sampled_from(["{}", " {} ", "{}\0", "\t{}"]),
-)
-def test_every_spelling_of_a_site_is_that_site(spelling: tuple[Site, str], case: type, shape: str) -> None:
-    row, name = spelling
-    found = _tag(shape.format(case(name)))
-    assert (found.anode, found.kind, found.cathode) == (row.site, row.kind, None)
+@pytest.mark.parametrize("shape", ["{}", " {} ", "{}\0", "\t{}"])
+@pytest.mark.parametrize("case", [str, str.upper, str.lower])
+def test_every_spelling_of_a_site_is_that_site(case: type, shape: str) -> None:
+    for row, name in SPELLINGS:
+        found = _tag(shape.format(case(name)))
+        assert (found.anode, found.kind, found.cathode) == (row.site, row.kind, None), name
 
 
 @settings(max_examples=300, deadline=None)
