@@ -29,14 +29,16 @@ from trainer.checkpoint import step_of
 from trainer.collectives import rank
 from trainer.config import PretrainConfig
 from trainer.lock import hold
-from trainer.loop import STOP_FILE, PretrainResult, check_run, pretrain, read_result
+from trainer.loop import pretrain
 from trainer.metrics import METRICS_FILE, describe, read_metrics
+from trainer.run_folder import PretrainResult, check_run, read_result
+from trainer.stopper import STOP_FILE
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
 WORKERS_FOLDER = "workers"
-LOCK_FILE = "launch.lock"  # of the driver; each group of workers has its own, see trainer/loop.py
+LOCK_FILE = "launch.lock"  # of the driver; each group of workers has its own, see trainer/run_folder.py
 POLL_S = 0.5
 OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray
 

@@ -14,8 +14,10 @@ from manifests.errors import ConfigError, ContractError
 from trainer import loop
 from trainer.config import PretrainConfig
 from trainer.export import load_encoder, read_card
-from trainer.loop import held_out_windows, pretrain, read_result
+from trainer.loop import pretrain
 from trainer.metrics import read_metrics
+from trainer.run import held_out_windows
+from trainer.run_folder import read_result
 from trainer.tiny import write_tiny_snapshot
 
 MakeConfig = Callable[..., PretrainConfig]
