@@ -9,9 +9,9 @@ loss = 1 / sum_i |S_i| x sum_i 1/2 (CE rows + CE columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -60,6 +60,8 @@ class LeaveOneOutBatch:
 class LeaveOneOut(nn.Module):
     """The objective around a shared encoder."""
 
+    loss_parameters: tuple[str, ...] = ("log_scale",)
+
     def __init__(self, encoder: Encoder, config: LeaveOneOutConfig) -> None:
         super().__init__()
         self.encoder = encoder
@@ -82,20 +84,12 @@ class LeaveOneOut(nn.Module):
             recording_N=torch.tensor(recordings, dtype=torch.int64),
         )
 
-    def forward(self, batch: LeaveOneOutBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of the local windows against those of all ranks, and metrics.
+    def forward(self, batch: LeaveOneOutBatch, finish: Callable[..., Any] | None = None) -> Any:
+        """Loss of the local windows against those of all ranks, and metrics; or what `finish` makes of `embed`.
 
         The mean over ranks of the gradients of this loss is the gradient of the loss of the global batch.
         """
-        unit_NMD = self._encode(batch)
-        log_scale = self.log_scale.to(unit_NMD.dtype).clamp(0.0, MAX_LOG_SCALE)
-        return leave_one_out_loss(
-            unit_NMD,
-            batch.available_NM,
-            batch.recording_N,
-            scale=log_scale.exp(),
-            config=self.config,
-        )
+        return (finish or self.loss)(self.embed(batch) | {"log_scale": self.log_scale})
 
     def embed(self, batch: LeaveOneOutBatch) -> dict[str, torch.Tensor]:
         """Unit vectors `embedding_NMD` (zeros where absent), `available_NM`, `recording_N`."""
@@ -104,6 +98,19 @@ class LeaveOneOut(nn.Module):
             "available_NM": batch.available_NM,
             "recording_N": batch.recording_N,
         }
+
+    def loss(self, embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics of what `embed` gave and of `log_scale`, in fp32 also where the encoder runs in bf16."""
+        unit_NMD = embedded["embedding_NMD"]
+        log_scale = embedded["log_scale"].to(unit_NMD.dtype).clamp(0.0, MAX_LOG_SCALE)
+        with torch.autocast(unit_NMD.device.type, enabled=False):
+            return leave_one_out_loss(
+                unit_NMD,
+                embedded["available_NM"],
+                embedded["recording_N"],
+                scale=log_scale.exp(),
+                config=self.config,
+            )
 
     def _encode(self, batch: LeaveOneOutBatch) -> torch.Tensor:
         """Unit vectors (N, M, D), exactly zero and without gradient where a modality is absent.

@@ -8,8 +8,8 @@ same stretch of recording are not negatives: pairs of one recording nearer than 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ class NtXentConfig(CropConfig):
 class NtXent(nn.Module):
     """The objective around a univariate encoder; the projection head is left behind after pretraining."""
 
+    loss_parameters: tuple[str, ...] = ()
+
     def __init__(self, encoder: Encoder, config: NtXentConfig) -> None:
         super().__init__()
         if not isinstance(encoder, UnivariateEncoder):
@@ -58,19 +60,12 @@ class NtXent(nn.Module):
         drawn = [crop for window in windows if (crop := draw_crop(window, self.config, seed=seed)) is not None]
         return pack_crops(drawn, self.config)
 
-    def forward(self, batch: NtXentBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of the local views against those of all ranks, and metrics.
+    def forward(self, batch: NtXentBatch, finish: Callable[..., Any] | None = None) -> Any:
+        """Loss of the local views against those of all ranks, and metrics; or what `finish` makes of `embed`.
 
         The mean over ranks of the gradients of this loss is the gradient of the loss of the global batch.
         """
-        unit_NVD, _ = self._encode(batch)
-        return nt_xent_loss(
-            unit_NVD,
-            channel_N=batch.channel_N,
-            recording_N=batch.recording_N,
-            start_ms_N=batch.start_ms_N,
-            config=self.config,
-        )
+        return (finish or self.loss)(self.embed(batch))
 
     def embed(self, batch: NtXentBatch) -> dict[str, torch.Tensor]:
         """Projected unit vectors `embedding_NVD`, encoder's `feature_ND` of the first view, and the crops' ids."""
@@ -80,7 +75,19 @@ class NtXent(nn.Module):
             "feature_ND": feature_NVD[:, 0],
             "channel_N": batch.channel_N,
             "recording_N": batch.recording_N,
+            "start_ms_N": batch.start_ms_N,
         }
+
+    def loss(self, embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics of what `embed` gave, in fp32 also where the encoder runs in bf16."""
+        with torch.autocast(embedded["embedding_NVD"].device.type, enabled=False):
+            return nt_xent_loss(
+                embedded["embedding_NVD"],
+                channel_N=embedded["channel_N"],
+                recording_N=embedded["recording_N"],
+                start_ms_N=embedded["start_ms_N"],
+                config=self.config,
+            )
 
     def _encode(self, batch: NtXentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors and features (N, 2, D). Every rate runs on every rank: ZeRO-3 needs one module sequence."""
