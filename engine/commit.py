@@ -3,7 +3,7 @@
 import hashlib
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,19 +232,23 @@ def is_intact(output: Path, commit: Commit) -> bool:
     return True
 
 
-def remove_leftovers(output: Path, units: Sequence[Unit], *, work: Path | None = None) -> list[Path]:
+def remove_leftovers(
+    output: Path, units: Sequence[Unit], *, work: Path | None = None, done: Set[str] | None = None
+) -> list[Path]:
     """Remove what no valid commit of the plan stands for, and return it.
 
     That is temporary files, half-written shards, heartbeats, spool files (in `work`, see `storage.work_folder`) and
     whatever superseded units have left. Snapshots that name what goes are removed first: they are no longer true.
+    `done` are the units with a valid commit, for whoever has read the commits already.
     """
     superseded = {
         name[7:-5] for name in sizes_in(output / COMMITS_DIR) if name.startswith("commit-") and name.endswith(".json")
     } - {unit.id for unit in units}
     if superseded:
         (output / SNAPSHOT_FILE).unlink(missing_ok=True)
-    sizes = sizes_of(output)
-    done = {unit.id for unit in units if read_commit(output, unit.id, sizes) is not None}
+    if done is None:
+        sizes = sizes_of(output)
+        done = {unit.id for unit in units if read_commit(output, unit.id, sizes) is not None}
     removed = [
         output / folder / name
         for folder in (SHARDS_DIR, COMMITS_DIR, PROGRESS_DIR)

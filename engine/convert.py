@@ -36,10 +36,10 @@ from engine.shardwriter import Spooled, write_shards
 from engine.storage import is_remote, sizes_in, work_folder, writable
 from engine.windows import recording_id
 from manifests.config import code_digest, digest, start_run
-from manifests.corpora import Corpus, load_corpus
+from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
 from manifests.recipes import Recipe, load_recipe
-from manifests.shards import ShardEntry
+from manifests.shards import ShardEntry, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,13 @@ class ProgressRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What all units of a conversion share."""
+    """What all units of a conversion share; `names` are the corpora as the configuration calls them."""
 
     config: ConvertConfig
     recipe: Recipe
     corpora: dict[str, Corpus]
     roots: dict[str, Path]
+    names: dict[str, str]
 
     @classmethod
     def of(cls, config: ConvertConfig) -> "Context":
@@ -78,6 +79,7 @@ class Context:
             recipe=load_recipe(config.recipe),
             corpora={corpus.id: corpus for corpus, _ in loaded},
             roots={corpus.id: root for corpus, root in loaded},
+            names={corpus.id: source.corpus for (corpus, _), source in zip(loaded, config.sources, strict=True)},
         )
 
     def sandbox(self) -> Sandbox:
@@ -162,9 +164,8 @@ def _convert_item(item: PlanItem, tally: _Tally, *, context: Context, sandbox: S
 
 def _command(context: Context, item: PlanItem) -> str:
     """What shows a rejected recording again, by its corpus file: subjects, units and layouts may stand there."""
-    names = {load_corpus(source.corpus).id: source.corpus for source in context.config.sources}
-    words = ["kymo", "scan", str(context.roots[item.corpus]), "--corpus", names[item.corpus], "--only", item.path]
-    return shlex.join(words)
+    root, name = str(context.roots[item.corpus]), context.names[item.corpus]
+    return shlex.join(["kymo", "scan", root, "--corpus", name, "--only", item.path])
 
 
 def limits_of(config: ConvertConfig) -> Limits:
@@ -239,11 +240,8 @@ def convert_unit(
     return {"unit": unit.id, "windows": commit.counts.windows, "quarantined": commit.counts.quarantined}
 
 
-def _refuse_other_settings(config: ConvertConfig) -> None:
+def _refuse_other_settings(config: ConvertConfig, snapshot: Snapshot) -> None:
     """Raise where another recipe or salt would remove every shard of the snapshot that stands in the output."""
-    snapshot = None if config.replace else sound_snapshot(config.output)
-    if snapshot is None:
-        return
     recipe = load_recipe(config.recipe)
     if digest(recipe.model_dump(mode="json")) != snapshot.recipe_digest:
         what = f"recipe {snapshot.recipe['id']}, and {recipe.id} would give other bytes"
@@ -257,16 +255,14 @@ def _refuse_other_settings(config: ConvertConfig) -> None:
     )
 
 
-def _refuse_losses(config: ConvertConfig, units: Sequence[Unit]) -> None:
+def _refuse_losses(output: Path, before_units: Sequence[Unit], units: Sequence[Unit]) -> None:
     """Raise where recordings of the snapshot in the output are no longer among the sources."""
-    if config.replace or sound_snapshot(config.output) is None:
-        return
     planned = {(item.corpus, item.path) for unit in units for item in unit.recordings}
-    before = [(item.corpus, item.path) for unit in read_plan(config.output) for item in unit.recordings]
+    before = [(item.corpus, item.path) for unit in before_units for item in unit.recordings]
     gone = [name for name in before if name not in planned]
     if gone:
         raise ConfigError(
-            f"{config.output}: {len(gone)} of the {len(before)} recordings of the snapshot there are not among these "
+            f"{output}: {len(gone)} of the {len(before)} recordings of the snapshot there are not among these "
             f"sources ({': '.join(gone[0])}, …) and their shards would go. Is an archive not mounted, or is this the "
             "output of another conversion? Choose another output, or set replace=true"
         )
@@ -309,11 +305,15 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
         ConfigError: Wrong configuration, or one that would cost the snapshot in the output shards unasked.
     """
     refuse_repacked(config.output)
-    _refuse_other_settings(config)
+    standing = None if config.replace else sound_snapshot(config.output)
+    if standing is not None:
+        _refuse_other_settings(config, standing)
     start_run(config.output, config)
     result = scan_of(config, keep=True)
-    units = plan(result, load_recipe(config.recipe), config, existing=read_plan(config.output))
-    _refuse_losses(config, units)
+    existing = read_plan(config.output)
+    units = plan(result, load_recipe(config.recipe), config, existing=existing)
+    if standing is not None:
+        _refuse_losses(config.output, existing, units)
     write_plan(config.output, units)
     removed = remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch))
     if removed:
@@ -324,7 +324,8 @@ def prepare(config: ConvertConfig) -> tuple[ScanResult, list[Unit]]:
 def finish(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
     """Result of a conversion whose units are done; what killed processes of this run left behind goes."""
     result = finalise(config, units)
-    remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch))
+    done = {unit.id for unit in units}  # or finalise had raised: no commit need be read again
+    remove_leftovers(config.output, units, work=work_folder(config.output, config.scratch), done=done)
     return result
 
 
