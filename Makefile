@@ -10,8 +10,9 @@ OUT ?= demo
 demo: $(VENV)/.ready
 	$(BIN)/kymo demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
+# Two at a time, a file of tests never parted.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes many minutes: a hundred kills at random moments of conversions.
 soak: $(VENV)/.ready
