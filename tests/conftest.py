@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# The same examples on every machine: what fails once fails again. New ones are sought by tests/engine/fuzz_edf_header.py.
+# The same examples on every machine: what fails once fails again. tests/engine/fuzz_edf_header.py seeks new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
