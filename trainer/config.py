@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from manifests.config import digest
 from trainer.data import SampleFilter, SnapshotSource
@@ -20,16 +20,31 @@ FREE_KEYS = frozenset(
         "save_every",
         "eval_every",
         "keep",
+        "compile",
+        "collective_timeout_s",
         "num_workers",
         "num_threads",
         "read_threads",
         "prefetch",
         "max_replaced",
+        "faults",
         "ray",
     }
 )
 # What the order of samples depends on, beside the snapshots, the seed and the batch size, which its state names.
 ORDER_KEYS = ("split", "filter", "snapshots")
+
+
+_Count = Annotated[int, Field(ge=1)]
+
+
+def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError(f"the least number stands first: [{value[1]}, {value[0]}]")
+    return value
+
+
+NumWorkers = Annotated[_Count | tuple[_Count, _Count], AfterValidator(_in_order)]
 
 
 class _Section(BaseModel):
@@ -55,14 +70,23 @@ class EvaluationConfig(_Section):
     num_windows: Annotated[int, Field(ge=2)] = 64
 
 
+class FaultConfig(_Section):
+    """When a run that is not well ends itself, so that Ray, torchrun or a person starts it again."""
+
+    max_skipped: Annotated[int, Field(ge=0)] = 10  # steps without a finite loss and gradient, over the whole run
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0  # without a step; null: wait for ever
+
+
 class RayConfig(_Section):
     """How Ray Train runs the workers; without effect in a single process or under torchrun."""
 
     address: str | None = None  # of a running cluster; None: the one of RAY_ADDRESS, else a local one
+    use_gpu: bool | None = None  # None: when the cluster has any
     max_failures: Annotated[int, Field(ge=0)] = 3
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     health_check_s: Annotated[float, Field(gt=0)] = 0.5
-    start_timeout_s: Annotated[int, Field(gt=0)] = 60
+    start_timeout_s: Annotated[int, Field(gt=0)] = 60  # until a lost node's place is given up
+    resize_every_s: Annotated[float, Field(gt=0)] = 60.0  # how often an elastic run looks for room to grow
 
 
 class PretrainConfig(_Section):
@@ -75,12 +99,17 @@ class PretrainConfig(_Section):
     encoder: EncoderConfig
     objective: ObjectiveConfig
     global_batch: Annotated[int, Field(ge=2)] = 64  # windows of one optimizer step, over all workers
+    # Micro-batches of one step. Each is contrasted with itself, so more of them means fewer negatives, unless
+    # cached_gradients: then all of global_batch are negatives of each other, at the price of a second forward pass.
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    cached_gradients: bool = False
     steps: Annotated[int, Field(ge=1)]
     stop_at: Annotated[int, Field(ge=1)] | None = None  # stop early after this step, as SIGTERM would
     optimizer: OptimizerConfig = OptimizerConfig()
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # 0 = none
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters and moments stay fp32
+    # bf16: autocast, parameters, moments and the loss stay fp32; auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False  # torch.compile of the encoder's parts; costs a minute at the start
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -89,46 +118,57 @@ class PretrainConfig(_Section):
     save_every: Annotated[int, Field(ge=1)] = 100
     eval_every: Annotated[int, Field(ge=1)] | None = None  # None: at the last step only
     keep: Annotated[int, Field(ge=1)] = 3  # checkpoints
-    num_workers: Annotated[int, Field(ge=1)] = 1
+    collective_timeout_s: Annotated[int, Field(ge=1)] = 900  # then a rank that does not answer ends the others
+    num_workers: NumWorkers = 1  # under Ray [min, max] as well: as many as there is room for
     num_threads: Annotated[int, Field(ge=1)] = 1  # of torch, per worker
     read_threads: Annotated[int, Field(ge=1)] = 1
     prefetch: Annotated[int, Field(ge=1)] = 4  # batches
     max_replaced: Annotated[int, Field(ge=0)] = 100  # samples that may fail their read
+    faults: FaultConfig = FaultConfig()
     ray: RayConfig = RayConfig()
 
 
 def run_digest(config: PretrainConfig) -> str:
     """SHA-256 of all keys that must stay the same between two starts of one run."""
-    return digest(fixed_keys(config.model_dump(mode="json")))
+    return digest(_fixed_keys(config))
 
 
 def order_digest(config: PretrainConfig) -> str:
     """SHA-256 of the keys that the order of samples depends on; paths may move, weights may not."""
-    plain = config.model_dump(mode="json")
-    plain["snapshots"] = [source["weight"] for source in plain["snapshots"]]
-    return digest({key: plain[key] for key in ORDER_KEYS})
+    # Without defaults: a key that a later kymo adds leaves the digest of older runs as it is.
+    plain = config.model_dump(mode="json", include=set(ORDER_KEYS), exclude_defaults=True)
+    plain["snapshots"] = [source.weight for source in config.snapshots]
+    return digest(plain)
 
 
-def fixed_keys(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key to value of a configuration as plain data, without `FREE_KEYS` and the snapshots' paths."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), item)
-        else:
-            flat[prefix] = value
-
-    walk("", {key: value for key, value in plain.items() if key not in FREE_KEYS})
+def _fixed_keys(config: PretrainConfig) -> dict[str, Any]:
+    """Dotted key to value of a configuration, without `FREE_KEYS` and the snapshots' paths."""
+    plain = flatten(config.model_dump(mode="json", exclude=set(FREE_KEYS)))
     # A snapshot is known by its digest, which the data state holds, and may be moved to another folder.
-    flat["snapshots"] = [source.get("weight") for source in plain.get("snapshots", [])]
+    return plain | {"snapshots": [source.weight for source in config.snapshots]}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value of nested mappings."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
 def differing_keys(config: PretrainConfig, earlier: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ from an earlier configuration of the same run, `key: was → is`."""
-    now, then = fixed_keys(config.model_dump(mode="json")), fixed_keys(earlier)
+    """Dotted keys whose values differ from an earlier configuration of the same run, `key: was → is`.
+
+    A key that the earlier kymo did not know counts as its default, which is what that kymo did.
+    """
+    now = _fixed_keys(config)
+    try:
+        then = _fixed_keys(PretrainConfig.model_validate(earlier))
+    except ValidationError:  # a key or value of an earlier kymo that this one does not know
+        then = {key: value for key, value in flatten(earlier).items() if key.partition(".")[0] not in FREE_KEYS}
+        then["snapshots"] = [source.get("weight") for source in earlier.get("snapshots", [])]
     return [
         f"{key}: {then.get(key)!r} → {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
