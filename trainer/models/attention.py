@@ -6,9 +6,12 @@ Never nn.TransformerEncoderLayer: its fast path in eval mode reads the weights d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -52,6 +55,32 @@ class Block(nn.Module):
         """Tokens of the same shape."""
         tokens_BLD = tokens_BLD + self.dropout(self.attn(self.norm1(tokens_BLD), mask_BL))
         return tokens_BLD + self.dropout(self.fc2(gelu(self.fc1(self.norm2(tokens_BLD)))))
+
+
+def run_blocks(blocks: Iterable[nn.Module], tokens_BLD: torch.Tensor, *, is_checkpointed: bool) -> torch.Tensor:
+    """Tokens after all blocks. `is_checkpointed` keeps their inputs only and computes the rest again in backward."""
+    for block in blocks:
+        if is_checkpointed and torch.is_grad_enabled():
+            # Dropout draws again what it drew: the state of the generators is kept too.
+            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False)
+        else:
+            tokens_BLD = block(tokens_BLD)
+    return tokens_BLD
+
+
+class LayerPool(nn.Module):
+    """One vector from a masked set as SleepFM pools: a transformer block over its members, then their mean.
+
+    Unlike there, the block runs for a set of one as well, and members that are padding enter neither.
+    """
+
+    def __init__(self, width: int, *, num_heads: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.block = Block(width, num_heads=num_heads, hidden=hidden, dropout=dropout)
+
+    def forward(self, tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
+        """Pooled vectors (B, D) of tokens (B, L, D); zeros for a set with no member."""
+        return masked_mean(self.block(tokens_BLD, mask_BL), mask_BL)
 
 
 class AttentionPool(nn.Module):

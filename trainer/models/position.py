@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from manifests.channels import KINDS, positions, site_ids
+from manifests.channels import KINDS, positions, site_ids, sites
+from manifests.errors import ConfigError
 
 CODE_SIZE = 0.1
+
+# Of the published code: a margin around coordinates taken to lie in [0, 1], and frequencies per axis.
+LEGACY_MARGIN = 0.4
+LEGACY_FREQUENCIES = 8
 
 
 class PositionCode(nn.Module):
@@ -47,6 +52,47 @@ class PositionCode(nn.Module):
         summed = self.xyz(features.to(self.xyz.weight.dtype))
         summed = summed + self.anode(anode_BC) + self.cathode(cathode_BC) + self.kind(kind_BC)
         return self.norm(nn.functional.gelu(summed))
+
+
+class LegacyPositionCode(nn.Module):
+    """The published code of SleepFM's transfer to wake EEG (arXiv 2605.02500), its defects kept, for comparison only.
+
+    Left equals right: of the 8 x 8 x 8 phases the first `width / 2` are kept, which up to width 128 all have the
+    frequency 0 on the x axis. C3-M2 equals M2-C3: a derivation stands at the midpoint of its sites. And the period,
+    made for [0, 1], folds a head that spans [-1, 1]. Channels without a place on the head get no code, where the
+    published code raises.
+    """
+
+    xyz_S3: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width % 2 or width > 2 * LEGACY_FREQUENCIES**3:
+            raise ConfigError(f"encoder.position: s4b_legacy with width {width}; it needs an even width up to 1024")
+        on_head = np.array([False, *(row.kind in {"eeg", "eog"} for row in sites())])
+        xyz_S3 = np.where(on_head[:, None], positions(), np.float32("nan"))
+        self.register_buffer("xyz_S3", torch.from_numpy(xyz_S3), persistent=False)
+        self.width = width
+        self.project = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, anode_BC: torch.Tensor, cathode_BC: torch.Tensor, kind_BC: torch.Tensor) -> torch.Tensor:
+        """Code of shape (*ids.shape, width) of int64 site ids; kinds play no part."""
+        del kind_BC
+        ends_BCE3 = torch.stack([self.xyz_S3[anode_BC], self.xyz_S3[cathode_BC]], dim=-2)
+        midpoint_BC3 = ends_BCE3.nanmean(dim=-2)
+        features = legacy_features(midpoint_BC3.nan_to_num(), width=self.width)
+        features = features * midpoint_BC3.isfinite().all(dim=-1, keepdim=True)
+        return self.norm(nn.functional.gelu(self.project(features.to(self.project.weight.dtype))))
+
+
+def legacy_features(xyz_N3: torch.Tensor, *, width: int) -> torch.Tensor:
+    """The published features (..., width): cosines, then sines, of the first `width / 2` phases, x slowest."""
+    steps = torch.arange(LEGACY_FREQUENCIES, dtype=xyz_N3.dtype, device=xyz_N3.device)
+    frequencies_3F = torch.stack([axis.flatten() for axis in torch.meshgrid(steps, steps, steps, indexing="ij")])
+    scaled_N3 = 2 * math.pi * (xyz_N3 + LEGACY_MARGIN) / (1 + 2 * LEGACY_MARGIN)
+    phase_NF = scaled_N3 @ frequencies_3F[:, : width // 2]
+    return torch.cat([phase_NF.cos(), phase_NF.sin()], dim=-1)
 
 
 def fourier_features(xyz_S3: np.ndarray, *, num_frequencies: int) -> np.ndarray:

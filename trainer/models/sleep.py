@@ -13,15 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from trainer.batches import ChannelBatch, Encoded
-from trainer.models.attention import AttentionPool, Block
-from trainer.models.position import PositionCode, time_code
+from trainer.models.attention import AttentionPool, Block, LayerPool, run_blocks
+from trainer.models.position import LegacyPositionCode, PositionCode, time_code
 from trainer.models.tokenizers import PatchTokenizer
 
 
 class SleepEncoderConfig(BaseModel):
     """Sizes of a SleepEncoder. The defaults are the tiny one that trains on two CPU cores.
 
-    SleepFM's own sizes: width 128, depth 6 (3), 8 heads, patch 5 s (1 s), hidden_ratio 16, dropout 0.3.
+    SleepFM as published, as far as it is sound, is `jobs/configs/pretrain_sleepfm.yaml`.
+
+    Attributes:
+        hidden_ratio: Width of a block's hidden layer over `width`.
+        patch_s: Seconds of a patch, which becomes one token.
+        conv_norm: Group norm after each convolution of the tokenizer; deep stacks need it.
+        patch_slots: Means of features kept per patch, in order of time.
+        num_frequencies: Frequencies per axis of the position code.
+        position: `s4b_legacy` is the published code, in which left equals right, for comparison only.
+        pool: How sets become one vector: `query` attends with a learned query, `layer` is SleepFM's transformer layer
+            and mean, which about doubles the cost of the encoder.
+        checkpoint_blocks: Keep only the inputs of the blocks over time for the backward pass, and compute the rest
+            again: a third more time in the blocks, and memory for one block instead of `depth`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,9 +47,13 @@ class SleepEncoderConfig(BaseModel):
     conv_channels: tuple[int, ...] = (16, 32)
     conv_kernels: tuple[int, ...] = (16, 5)
     conv_strides: tuple[int, ...] = (8, 2)
+    conv_norm: bool = False
     patch_slots: int = Field(default=4, ge=1)
     num_frequencies: int = Field(default=6, ge=1)
+    position: Literal["fourier", "s4b_legacy"] = "fourier"
+    pool: Literal["query", "layer"] = "query"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    checkpoint_blocks: bool = False
 
 
 class SleepEncoder(nn.Module):
@@ -53,9 +69,10 @@ class SleepEncoder(nn.Module):
             kernels=config.conv_kernels,
             strides=config.conv_strides,
             slots=config.patch_slots,
+            has_norm=config.conv_norm,
         )
-        self.position = PositionCode(config.width, num_frequencies=config.num_frequencies)
-        self.channel_pool = AttentionPool(config.width, num_heads=config.num_heads)
+        self.position = _position(config)
+        self.channel_pool = _pool(config)
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -66,27 +83,48 @@ class SleepEncoder(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)
-        self.time_pool = AttentionPool(config.width, num_heads=config.num_heads)
+        self.time_pool = _pool(config)
 
     def forward(self, batch: ChannelBatch) -> Encoded:
         """Pooled (B, D) and one token per patch (B, P, D). A window without channels gives finite numbers."""
         num_patches = count_patches(batch, patch_s=self.config.patch_s)
         mask_BC = batch.mask_BC
-        real_BC = with_one_real(mask_BC)
+        num_windows, num_channels = mask_BC.shape
         # Only real channels are tokenized: padding costs nothing and cannot enter.
-        tokens_NPD = self.temporal_encoder(batch.signal_BCT[real_BC], num_patches)
-        code_ND = self.position(batch.anode_BC[real_BC], batch.cathode_BC[real_BC], batch.kind_BC[real_BC])
-        tokens_NPD = tokens_NPD + code_ND[:, None, :]
-        tokens_BCPD = tokens_NPD.new_zeros(*mask_BC.shape, num_patches, self.width)
-        tokens_BCPD[real_BC] = tokens_NPD
-        sets_LCD = tokens_BCPD.transpose(1, 2).flatten(0, 1)
-        tokens_LD = self.channel_pool(sets_LCD, mask_BC.repeat_interleave(num_patches, dim=0))
-        tokens_BPD = tokens_LD.unflatten(0, (len(mask_BC), num_patches))
+        row_N = with_one_real(mask_BC).flatten().nonzero()[:, 0]
+        signal_NT, *ids_3N = (
+            rows_of(x, row_N) for x in (batch.signal_BCT, batch.anode_BC, batch.cathode_BC, batch.kind_BC)
+        )
+        tokens_NPD = self.temporal_encoder(signal_NT, num_patches)
+        tokens_NPD = tokens_NPD + self.position(*ids_3N)[:, None, :]
+        sets_BPCD = tokens_NPD.new_zeros(num_windows, num_patches, num_channels, self.width)
+        sets_BPCD[row_N // num_channels, :, row_N % num_channels] = tokens_NPD
+        mask_LC = mask_BC.repeat_interleave(num_patches, dim=0)
+        tokens_BPD = self.channel_pool(sets_BPCD.flatten(0, 1), mask_LC).unflatten(0, (num_windows, num_patches))
         tokens_BPD = tokens_BPD + time_code(num_patches, self.width, like=tokens_BPD)
-        for block in self.blocks:
-            tokens_BPD = block(tokens_BPD)
-        tokens_BPD = self.norm(tokens_BPD)
+        tokens_BPD = self.norm(
+            run_blocks(self.blocks, tokens_BPD, is_checkpointed=self.config.checkpoint_blocks and self.training)
+        )
         return Encoded(self.time_pool(tokens_BPD), tokens_BPD)
+
+
+def rows_of(values_BC: torch.Tensor, row_N: torch.Tensor) -> torch.Tensor:
+    """Chosen rows of (B, C, ...) counted over both, (N, ...); without a copy when all are chosen."""
+    flat = values_BC.flatten(0, 1)
+    return flat if len(row_N) == len(flat) else flat[row_N]
+
+
+def _position(config: SleepEncoderConfig) -> nn.Module:
+    if config.position == "s4b_legacy":
+        return LegacyPositionCode(config.width)
+    return PositionCode(config.width, num_frequencies=config.num_frequencies)
+
+
+def _pool(config: SleepEncoderConfig) -> nn.Module:
+    if config.pool == "layer":
+        hidden = config.hidden_ratio * config.width
+        return LayerPool(config.width, num_heads=config.num_heads, hidden=hidden, dropout=config.dropout)
+    return AttentionPool(config.width, num_heads=config.num_heads)
 
 
 def count_patches(batch: ChannelBatch, *, patch_s: float) -> int:
