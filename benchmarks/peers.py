@@ -70,7 +70,7 @@ def braindecode_windows(path: Path, output: Path) -> None:
     """
     datasets, preprocessing = _braindecode()
     raw = mne.io.read_raw_edf(path, preload=True, verbose="error")
-    recordings = datasets.BaseConcatDataset([datasets.RawDataset(raw)])
+    recordings = datasets.BaseConcatDataset([datasets.RawDataset(raw, description={"subject": path.stem})])
     steps = [
         preprocessing.Preprocessor("filter", l_freq=BAND_HZ[0], h_freq=BAND_HZ[1], verbose="error"),
         preprocessing.Preprocessor("notch_filter", freqs=float(MAINS_HZ), verbose="error"),
