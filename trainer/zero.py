@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
@@ -17,10 +19,12 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+import deepspeed.utils.groups
 
 from manifests.errors import ConfigError
 from trainer.collectives import world_size
 from trainer.config import OptimizerConfig, PretrainConfig
+from trainer.gradient_cache import cached_losses, plain_losses
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -28,11 +32,11 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 NO_DECAY = ("temperature", "log_scale", "logit_scale")
 
 
-def join_processes(backend: str) -> None:
+def join_processes(backend: str, *, timeout_s: float = 900.0) -> None:
     """Make sure that a process group exists and that DeepSpeed uses it.
 
     Ray Train has made one already; under torchrun the environment tells; otherwise this is a group of one process,
-    which needs no port and lives as long as the process.
+    which needs no port and lives as long as the process. A collective that `timeout_s` does not suffice for fails.
 
     Raises:
         ConfigError: NCCL was asked for and there is no GPU.
@@ -41,9 +45,12 @@ def join_processes(backend: str) -> None:
     if backend == "nccl" and not has_gpu:
         raise ConfigError("backend: nccl needs a GPU and this machine has none; set backend to auto or gloo")
     chosen = ("nccl" if has_gpu else "gloo") if backend == "auto" else backend
+    timeout = timedelta(seconds=timeout_s)
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            distributed.init_process_group(chosen)
+            distributed.init_process_group(chosen, timeout=timeout)
         else:
             store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] (public in torch's manual)
             distributed.init_process_group(chosen, store=store, rank=0, world_size=1)
@@ -54,6 +61,10 @@ def join_processes(backend: str) -> None:
         # leaves a lock that hangs every later run.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     deepspeed.comm.init_distributed(dist_backend=chosen, auto_mpi_discovery=False, verbose=False)
+    groups = deepspeed.utils.groups.__dict__
+    if groups["_WORLD_GROUP"] is None:
+        # DeepSpeed would clone the group without its timeout, and a hung rank would hold the others for half an hour.
+        groups["_WORLD_GROUP"] = distributed.new_group(timeout=timeout)
 
 
 def _leave_processes() -> None:
@@ -63,6 +74,11 @@ def _leave_processes() -> None:
 
 def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run; nothing else in kymo writes one."""
+    if config.cached_gradients and config.gradient_accumulation == 1:
+        raise ConfigError(
+            "cached_gradients: true with gradient_accumulation: 1 runs everything twice and changes nothing; "
+            "set gradient_accumulation to the number of micro-batches, or cached_gradients to false"
+        )
     micro_batch = config.global_batch // (world_size() * config.gradient_accumulation)
     if micro_batch < 1:
         raise ConfigError(
@@ -78,22 +94,36 @@ def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         # Autocast, not bf16 parameters: normalisation and filter layers stay fp32, and the loss is ten times
         # closer to fp32's.
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": is_bf16(config), "dtype": "bfloat16"},
         "checkpoint": {"tag_validation": "Fail"},
         "steps_per_print": None,
     }
+
+
+def is_bf16(config: PretrainConfig) -> bool:
+    """Whether matrices are multiplied in bf16; `precision: auto` looks at this machine."""
+    return config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
 
 
 def initialise(objective: nn.Module, config: PretrainConfig) -> Any:
     """The objective under DeepSpeed with AdamW: `loss = model(batch)`, `model.backward(loss)`, `model.step()`.
 
     Raises:
-        ConfigError: A parameter without dimensions, which DeepSpeed 0.19.8 cannot broadcast.
+        ConfigError: A parameter without dimensions, which DeepSpeed 0.19.8 cannot broadcast, or a layer whose result
+            depends on the other windows of its rank.
     """
     for name, parameter in objective.named_parameters():
         if parameter.ndim == 0:
             raise ConfigError(f"parameter {name} has no dimension; give it the shape (1,)")
+    for name, module in objective.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"module {name} is a {type(module).__name__}: its result would change with the number of workers and "
+                "with the other windows of a batch; take GroupNorm or LayerNorm"
+            )
     torch.set_num_threads(config.num_threads)
+    if config.compile:
+        _compile_parts(objective)
     model, _, _, _ = deepspeed.initialize(
         model=objective,
         optimizer=_adamw(objective, config.optimizer),
@@ -101,6 +131,18 @@ def initialise(objective: nn.Module, config: PretrainConfig) -> Any:
         dist_init_required=False,
     )
     return model
+
+
+def _compile_parts(objective: nn.Module) -> None:
+    """Compile each part of the encoder by itself, in place, for any batch size.
+
+    In place, so that parameters keep their names; by parts, for what lies between them (which channels are real)
+    depends on the data, and equal blocks share one compiled code.
+    """
+    encoder: Any = objective.encoder
+    for child in encoder.children():
+        for part in child if isinstance(child, nn.ModuleList) else (child,):
+            part.compile(dynamic=True)
 
 
 def _adamw(objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -137,12 +179,13 @@ def set_learning_rate(model: Any, value: float) -> None:
         group["lr"] = value
 
 
-def train_step(model: Any, batches: Sequence[Any]) -> tuple[dict[str, torch.Tensor], float | None]:
+def train_step(
+    model: Any, batches: Sequence[Any], *, cached_gradients: bool = False
+) -> tuple[dict[str, torch.Tensor], float | None]:
     """Metrics (mean over the micro-batches) and gradient norm before clipping of one optimizer step."""
     sums: dict[str, torch.Tensor] = {}
     norm: Any = None
-    for batch in batches:
-        loss, metrics = model(batch.to(model.device))
+    for loss, metrics in (cached_losses if cached_gradients else plain_losses)(model, batches):
         model.backward(loss)  # never loss.backward(): with two forward passes it is silently wrong
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
