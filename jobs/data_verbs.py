@@ -48,25 +48,21 @@ def scan(
             else "recordings of a format that tells by its content; tables and arrays need a corpus file (--corpus)"
         )
         raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")
-    channels = result.channel_rows()
-    show_scan(result.corpus_rows(), channels[: limit or None], result.rate_rows()[: limit or None])
-    if limit and len(channels) > limit:
-        console.print(f"… and {len(channels) - limit} more channels; --limit 0 shows all")
-    unresolved = result.unresolved_rows()
-    show_table(
-        f"labels without a channel ({len(unresolved)})",
-        ("label", "reason", "recordings"),
-        [tuple(row.values()) for row in unresolved[: limit or None]],
-    )
-    refused = result.unreadable_rows()
-    show_table(
-        f"recordings that cannot be read ({len(refused)})",
-        ("path", "reason", "message"),
-        [(row["path"], row["reason"], row["message"]) for row in refused[: limit or None]],
-    )
+    show_scan(result.corpus_rows(), result.channel_rows(), result.rate_rows(), limit=limit)
+    unresolved = [tuple(row.values()) for row in result.unresolved_rows()]
+    _show_first(f"labels without a channel ({len(unresolved)})", ("label", "reason", "recordings"), unresolved, limit)
+    refused = [(row["path"], row["reason"], row["message"]) for row in result.unreadable_rows()]
+    _show_first(f"recordings that cannot be read ({len(refused)})", ("path", "reason", "message"), refused, limit)
 
 
-def show_scan(corpora: list[dict], channels: list[dict], rates: list[dict]) -> None:
+def _show_first(title: str, columns: tuple[str, ...], cells: list[tuple], limit: int) -> None:
+    """A table of the first `limit` rows (0: all), and below it how many are not shown."""
+    show_table(title, columns, cells[: limit or None])
+    if limit and len(cells) > limit:
+        console.print(f"… and {len(cells) - limit} more rows of {title.partition(' (')[0]}; --limit 0 shows all")
+
+
+def show_scan(corpora: list[dict], channels: list[dict], rates: list[dict], *, limit: int = 0) -> None:
     """Tables of a scan: totals against what the corpus expects, channels by symbol, native rates."""
     totals = []
     for row in corpora:
@@ -88,8 +84,9 @@ def show_scan(corpora: list[dict], channels: list[dict], rates: list[dict]) -> N
         )
         for row in channels
     ]
-    show_table("channels", columns, cells)
-    show_table("rates", ("kind", "Hz", "channels"), [(r["kind"], f"{r['rate_hz']:g}", r["channels"]) for r in rates])
+    _show_first("channels", columns, cells, limit)
+    by_rate = [(row["kind"], f"{row['rate_hz']:g}", row["channels"]) for row in rates]
+    _show_first("rates", ("kind", "Hz", "channels"), by_rate, limit)
 
 
 def plan(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
@@ -112,7 +109,8 @@ def plan(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
     cells = [(r["unit"], r["recordings"], r["hours"], r["megabytes"], state[r["unit"] in known]) for r in rows]
     show_table("units", ("unit", "recordings", "hours", "MB", "state"), cells)
     hours, megabytes = sum(row["hours"] for row in rows), sum(row["megabytes"] for row in rows)
-    console.print(f"{len(rows)} units, {hours:.2f} h, about {megabytes:,.0f} MB into {settings.output}")
+    number = "1 unit" if len(rows) == 1 else f"{len(rows)} units"
+    console.print(f"{number}, {hours:.2f} h, about {megabytes:,.0f} MB into {settings.output}")
 
 
 def convert(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
