@@ -1,13 +1,15 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from manifests.channels import ChannelTag, resolve
 from trainer.batches import stable_hash
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
 from trainer.objectives.build import OBJECTIVES, ObjectiveConfig, build_objective
-from trainer.objectives.leave_one_out import MAX_LOG_SCALE, LeaveOneOutConfig, leave_one_out_loss
+from trainer.objectives.leave_one_out import LeaveOneOutConfig, bounded, leave_one_out_loss
 from trainer.read import Window
 
 SCALE = torch.tensor([5.0], dtype=torch.float64)
@@ -48,11 +50,15 @@ def draw(num_windows=7, num_groups=4, *, seed=0, share=0.6):
 
 
 def slow_reference(unit, available, recording, scale, config):
-    """Written from the equations, one number at a time."""
+    """The loss by loops: for each contrast and window the two cross-entropies among the windows that take part."""
+    num_windows, num_groups = available.shape
     total, count = torch.zeros((), dtype=torch.float64), 0
-    num_windows, num_groups, _ = unit.shape
-    for i in range(num_groups):
-        others = [j for j in range(num_groups) if j != i]
+    groups = range(num_groups)
+    if config.contrast == "pairwise":
+        contrasts = [(i, (j,)) for i in groups for j in groups if i < j]
+    else:
+        contrasts = [(i, tuple(j for j in groups if j != i)) for i in groups]
+    for i, others in contrasts:
         members = [n for n in range(num_windows) if available[n, i] and any(available[n, j] for j in others)]
         target = {}
         for n in members:
@@ -69,23 +75,44 @@ def slow_reference(unit, available, recording, scale, config):
     return total / max(1, count)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.6, 0.3])
+OPTIONS = ("detach_target", "normalize_target", "mask_same_recording")
+COMBINATIONS = [
+    {"contrast": contrast, **dict(zip(OPTIONS, values, strict=True))}
+    for contrast in ("leave_one_out", "pairwise")
+    for values in itertools.product([False, True], repeat=3)
+    if contrast == "leave_one_out" or not any(values[:2])
+]
+
+
+@pytest.mark.parametrize("share", [1.1, 0.6, 0.4])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"normalize_target": True}, {"detach_target": True}, {"mask_same_recording": True}],
-    ids=lambda options: next(iter(options), "plain"),
+    "options", COMBINATIONS, ids=lambda options: "-".join([options["contrast"], *(o for o in OPTIONS if options[o])])
 )
 def test_equals_the_slow_reference_in_value_and_gradient(options, share):
     config = LeaveOneOutConfig(**options)
-    unit, available, recording = draw(share=share)
+    unit, available, recording = draw(num_windows=9, share=share)
+    scales = [SCALE.clone().requires_grad_() for _ in range(2)]
     fast_in, slow_in = unit.clone().requires_grad_(), unit.clone().requires_grad_()
-    fast, metrics = leave_one_out_loss(fast_in, available, recording, scale=SCALE, config=config)
-    slow = slow_reference(slow_in, available, recording, SCALE, config)
+    fast, metrics = leave_one_out_loss(fast_in, available, recording, scale=scales[0], config=config)
+    slow = slow_reference(slow_in, available, recording, scales[1], config)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
     torch.testing.assert_close(metrics["loss"], slow.detach(), rtol=0, atol=1e-10)
     fast.backward()
     slow.backward()
     torch.testing.assert_close(fast_in.grad, slow_in.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(scales[0].grad, scales[1].grad, rtol=0, atol=1e-10)
+    assert fast_in.grad.abs().sum() > 1e-3
+
+
+def test_every_option_changes_the_loss_or_its_gradient():
+    unit, available, recording = draw()
+    seen = set()
+    for options in COMBINATIONS:
+        leaf = unit.clone().requires_grad_()
+        loss, _ = leave_one_out_loss(leaf, available, recording, scale=SCALE, config=LeaveOneOutConfig(**options))
+        loss.backward()
+        seen.add((round(float(loss.detach()), 9), round(float(leaf.grad.abs().sum()), 9)))
+    assert len(seen) == len(COMBINATIONS) == 10
 
 
 def test_by_hand_on_two_windows_and_two_modalities():
@@ -117,6 +144,50 @@ def test_permuting_modalities_changes_nothing():
     loss, _ = leave_one_out_loss(unit, available, recording, scale=SCALE, config=PLAIN)
     turned, _ = leave_one_out_loss(unit[:, order], available[:, order], recording, scale=SCALE, config=PLAIN)
     torch.testing.assert_close(loss, turned, rtol=0, atol=1e-12)
+
+
+def test_equals_the_published_pairwise_loss_when_everything_is_there():
+    """SleepFM's mean over pairs of modalities of both cross-entropies, halved as its other loss is, per sample."""
+    unit, available, recording = draw(share=1.1)
+    loss, metrics = leave_one_out_loss(
+        unit, available, recording, scale=SCALE, config=LeaveOneOutConfig(contrast="pairwise")
+    )
+    pairs = list(itertools.combinations(range(4), 2))
+    total = 0.0
+    for i, j in pairs:
+        logits = SCALE * unit[:, i] @ unit[:, j].T
+        labels = torch.arange(len(unit))
+        total += torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    assert float(loss) == pytest.approx(float(total) / 2 / len(pairs), abs=1e-10)
+    assert float(metrics["anchors"]) == len(unit) * len(pairs)
+
+
+def test_pairwise_refuses_options_of_the_mean_target():
+    for option in ("detach_target", "normalize_target"):
+        with pytest.raises(ValidationError, match="no mean target"):
+            LeaveOneOutConfig(contrast="pairwise", **{option: True})
+
+
+def test_alignment_and_uniformity_are_those_of_wang_and_isola():
+    """Against their definitions by loops, with absent modalities: E|a - b|^2 and log E exp(-2 |a - b|^2)."""
+    unit, available, recording = draw()
+    _, metrics = leave_one_out_loss(unit, available, recording, scale=SCALE, config=PLAIN)
+    positives, potentials, cosines = [], [], []
+    for n, k in itertools.product(range(7), repeat=2):
+        for i, j in itertools.product(range(4), repeat=2):
+            distance = float((unit[n, i] - unit[k, j]).square().sum())
+            if available[n, i] and available[k, j]:
+                if n == k and i < j:
+                    positives.append(distance)
+                if n != k and i == j:
+                    potentials.append(np.exp(-2 * distance))
+    for n, i in itertools.product(range(7), range(4)):
+        others = [unit[n, j] for j in range(4) if j != i and available[n, j]]
+        if available[n, i] and others:
+            cosines.append(float(torch.cosine_similarity(unit[n, i], torch.stack(others).mean(0), dim=0)))
+    assert float(metrics["pair_distance"]) == pytest.approx(np.mean(positives), abs=1e-9)
+    assert float(metrics["uniformity"]) == pytest.approx(np.log(np.mean(potentials)), abs=1e-9)
+    assert float(metrics["alignment"]) == pytest.approx(np.mean(cosines), abs=1e-9)
 
 
 def test_same_recording_negatives_are_counted():
@@ -152,13 +223,14 @@ def test_absent_modality_has_zero_gradient_through_the_encoder():
     assert resp.grad[0].any()
 
 
-def test_a_modality_that_no_window_has_still_runs_and_contributes_nothing():
-    objective = make_objective()
+@pytest.mark.parametrize(("one_pass", "calls"), [(True, 1), (False, 4)])
+def test_a_modality_that_no_window_has_still_runs_and_contributes_nothing(one_pass, calls):
+    objective = make_objective(one_pass=one_pass)
     runs = []
     objective.encoder.register_forward_hook(lambda *_: runs.append(1))
     windows = [make_window(n, ("eeg:C3-M2", "ecg:II")) for n in range(3)]
     loss, _ = objective(objective.collate(windows, seed=0))
-    assert len(runs) == 4
+    assert len(runs) == calls
     pair = make_objective(groups={"BAS": ("eeg",), "EKG": ("ecg",)})
     expected, _ = pair(pair.collate(windows, seed=0))
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
@@ -166,6 +238,18 @@ def test_a_modality_that_no_window_has_still_runs_and_contributes_nothing():
     expected.backward()
     for (name, got), want in zip(objective.named_parameters(), pair.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_one_pass_equals_a_pass_per_modality():
+    windows = [make_window(0), make_window(1, ("eeg:C3-M2", "ecg:II")), make_window(2, ALL[:3])]
+    results = []
+    for one_pass in (True, False):
+        objective = make_objective(one_pass=one_pass)
+        loss, _ = objective(objective.collate(windows, seed=0))
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in objective.parameters())])
+    for one, several in zip(*results, strict=True):
+        torch.testing.assert_close(one, several, rtol=0, atol=1e-10)
 
 
 def test_padding_and_batch_mates_change_no_embedding():
@@ -182,17 +266,42 @@ def test_train_equals_eval_without_dropout():
     assert torch.equal(objective.train()(batch)[0], objective.eval()(batch)[0])
 
 
-def test_the_scale_is_learnt_clamped_and_never_0_dim():
+def test_the_scale_is_learnt_and_never_0_dim():
     objective = make_objective()
     assert objective.log_scale.shape == (1,)
     assert float(objective.log_scale.detach()) == pytest.approx(np.log(1 / 0.07))
-    batch = objective.collate([make_window(n) for n in range(3)], seed=0)
-    objective(batch)[0].backward()
+    loss, metrics = objective(objective.collate([make_window(n) for n in range(3)], seed=0))
+    loss.backward()
     assert objective.log_scale.grad.abs() > 0
-    objective.log_scale.data.fill_(99.0)
-    assert float(objective(batch)[1]["scale"]) == pytest.approx(np.exp(MAX_LOG_SCALE))
+    assert float(metrics["temperature"]) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "high"),
+    [({}, 1 / 0.07, 100.0), ({"temperature": 1.0, "max_scale": None}, 1.0, np.inf)],
+    ids=["clip", "as_published"],
+)
+def test_the_scale_stays_within_its_limits(options, start, high):
+    """CLIP's [1, 100]; SleepFM starts at tau = 0, sets it back to 0 when negative, and knows no upper limit."""
+    objective = make_objective(**options)
+    batch = objective.collate([make_window(n) for n in range(3)], seed=0)
+    assert float(objective(batch)[1]["scale"]) == pytest.approx(start)
     objective.log_scale.data.fill_(-99.0)
-    assert float(objective(batch)[1]["scale"]) == pytest.approx(1.0)
+    assert float(objective(batch)[1]["scale"]) == 1.0
+    objective.log_scale.data.fill_(9.0)
+    assert float(objective(batch)[1]["scale"]) == pytest.approx(min(high, np.exp(9.0)))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(-0.5, -0.5), (0.5, 0.5), (1.5, 1.5)])
+def test_a_scale_outside_its_limits_comes_back(value, expected):
+    """torch.clamp has no gradient there: a scale that once passed its limit would stay at it for ever."""
+    for slope in (1.0, -1.0):
+        leaf = torch.tensor([value], requires_grad=True)
+        clamped = bounded(leaf, low=0.0, high=1.0)
+        assert float(clamped.detach()) == min(1.0, max(0.0, expected))
+        (slope * clamped).sum().backward()
+        leads_out = (value < 0 and slope > 0) or (value > 1 and slope < 0)
+        assert float(leaf.grad) == (0.0 if leads_out else slope)
 
 
 def test_channel_dropout_depends_on_the_key_alone_and_keeps_a_channel():

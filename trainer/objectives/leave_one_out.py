@@ -3,58 +3,52 @@
 SleepFM's loss, with availability masks in place of dropping every recording that lacks a modality. For anchor
 modality i the set S_i holds the windows that have i and at least one other; the target of window n is the mean of
 its other modalities' unit vectors; the loss is the cross-entropy of anchors against targets, both ways, over S_i:
-loss = 1 / sum_i |S_i| x sum_i 1/2 (CE rows + CE columns).
+loss = 1 / sum_i |S_i| x sum_i 1/2 (CE rows + CE columns). `pairwise` takes each pair of modalities i < j in place of
+an anchor and its target, and S_ij the windows that have both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.functional import normalize
 
-from trainer.batches import ChannelBatch, collate_channels, generator, move, stable_hash
 from trainer.collectives import all_gather_rows, all_gather_with_grad, gather_sizes, rank, sum_over_ranks, world_size
 from trainer.models.build import Encoder
+from trainer.objectives.modalities import ModalityBatch, ModalityConfig, collate_modalities, merge_groups
 from trainer.read import Window
 
-MAX_LOG_SCALE = math.log(100.0)
 
+class LeaveOneOutConfig(ModalityConfig):
+    """What is contrasted with what, and how sharply.
 
-class LeaveOneOutConfig(BaseModel):
-    """What is contrasted with what. `groups` maps a modality to the kinds of its channels."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        contrast: Each modality against the mean of the others, or each pair of modalities.
+        temperature: At the start; it is learnt. SleepFM starts at 1.0.
+        max_scale: Largest 1 / temperature, as in CLIP; the least is 1. null: no limit, as in SleepFM.
+        detach_target: No gradient through the mean of the other modalities.
+        normalize_target: That mean made a unit vector; as it is, it is shorter where the others disagree.
+        mask_same_recording: Other windows of the same recording are no negatives.
+    """
 
     kind: Literal["leave_one_out"] = "leave_one_out"
-    groups: dict[str, tuple[str, ...]] = Field(
-        default={"BAS": ("eeg", "eog"), "RESP": ("resp",), "EKG": ("ecg",), "EMG": ("emg",)}, min_length=2
-    )
-    view: str = "zscore"
-    channels: tuple[str, ...] | None = None
+    contrast: Literal["leave_one_out", "pairwise"] = "leave_one_out"
     temperature: float = Field(default=0.07, gt=0)
+    max_scale: float | None = Field(default=100.0, gt=1)
     detach_target: bool = False
     normalize_target: bool = False
     mask_same_recording: bool = False
-    channel_dropout: float = Field(default=0.0, ge=0, lt=1)
 
-
-@dataclass(slots=True, kw_only=True)
-class LeaveOneOutBatch:
-    """One ChannelBatch per modality, all with the same N windows in the same order."""
-
-    groups: tuple[ChannelBatch, ...]
-    available_NM: torch.Tensor
-    recording_N: torch.Tensor
-
-    def to(self, device: torch.device | str) -> LeaveOneOutBatch:
-        """The same batch on `device`."""
-        return move(self, device)
+    @model_validator(mode="after")
+    def _pairs_have_no_target(self) -> LeaveOneOutConfig:
+        if self.contrast == "pairwise" and (self.detach_target or self.normalize_target):
+            raise ValueError("contrast: pairwise has no mean target to detach or normalise; unset both options")
+        return self
 
 
 class LeaveOneOut(nn.Module):
@@ -69,29 +63,18 @@ class LeaveOneOut(nn.Module):
         # Shape (1,): DeepSpeed 0.19.8 crashes on parameters without dimensions.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1.0 / config.temperature)))
 
-    def collate(self, windows: Sequence[Window], *, seed: int) -> LeaveOneOutBatch:
+    def collate(self, windows: Sequence[Window], *, seed: int) -> ModalityBatch:
         """Windows as a batch. Only `channel_dropout` draws, from (seed, epoch, key, modality)."""
-        groups = []
-        for name, kinds in self.config.groups.items():
-            group = collate_channels(windows, kinds=kinds, view=self.config.view, channels=self.config.channels)
-            if self.config.channel_dropout > 0:
-                _drop_channels(group, windows, name, seed=seed, probability=self.config.channel_dropout)
-            groups.append(group)
-        recordings = [stable_hash(window.corpus, window.recording) for window in windows]
-        return LeaveOneOutBatch(
-            groups=tuple(groups),
-            available_NM=torch.stack([group.mask_BC.any(dim=1) for group in groups], dim=1),
-            recording_N=torch.tensor(recordings, dtype=torch.int64),
-        )
+        return collate_modalities(windows, self.config, seed=seed)
 
-    def forward(self, batch: LeaveOneOutBatch, finish: Callable[..., Any] | None = None) -> Any:
+    def forward(self, batch: ModalityBatch, finish: Callable[..., Any] | None = None) -> Any:
         """Loss of the local windows against those of all ranks, and metrics; or what `finish` makes of `embed`.
 
         The mean over ranks of the gradients of this loss is the gradient of the loss of the global batch.
         """
         return (finish or self.loss)(self.embed(batch) | {"log_scale": self.log_scale})
 
-    def embed(self, batch: LeaveOneOutBatch) -> dict[str, torch.Tensor]:
+    def embed(self, batch: ModalityBatch) -> dict[str, torch.Tensor]:
         """Unit vectors `embedding_NMD` (zeros where absent), `available_NM`, `recording_N`."""
         return {
             "embedding_NMD": self._encode(batch),
@@ -102,7 +85,8 @@ class LeaveOneOut(nn.Module):
     def loss(self, embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and metrics of what `embed` gave and of `log_scale`, in fp32 also where the encoder runs in bf16."""
         unit_NMD = embedded["embedding_NMD"]
-        log_scale = embedded["log_scale"].to(unit_NMD.dtype).clamp(0.0, MAX_LOG_SCALE)
+        high = math.inf if self.config.max_scale is None else math.log(self.config.max_scale)
+        log_scale = bounded(embedded["log_scale"].to(unit_NMD.dtype), low=0.0, high=high)
         with torch.autocast(unit_NMD.device.type, enabled=False):
             return leave_one_out_loss(
                 unit_NMD,
@@ -112,12 +96,17 @@ class LeaveOneOut(nn.Module):
                 config=self.config,
             )
 
-    def _encode(self, batch: LeaveOneOutBatch) -> torch.Tensor:
+    def _encode(self, batch: ModalityBatch) -> torch.Tensor:
         """Unit vectors (N, M, D), exactly zero and without gradient where a modality is absent.
 
-        Every group runs on every rank, also when no window has it: ZeRO-3 needs one sequence of modules.
+        Every modality runs on every rank, also when no window has it: ZeRO-3 needs one sequence of modules. In one
+        call its weights are gathered once and the kernels of small encoders are launched once.
         """
-        pooled = torch.stack([self.encoder(group).pooled_BD for group in batch.groups], dim=1)
+        if self.config.one_pass:
+            pooled = self.encoder(merge_groups(batch.groups)).pooled_BD
+            pooled = pooled.unflatten(0, (len(batch.groups), -1)).transpose(0, 1)
+        else:
+            pooled = torch.stack([self.encoder(group).pooled_BD for group in batch.groups], dim=1)
         unit = normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
         return torch.where(batch.available_NM[..., None], unit, torch.zeros_like(unit))
 
@@ -130,51 +119,91 @@ def leave_one_out_loss(
     scale: torch.Tensor,
     config: LeaveOneOutConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss (scalar) and metrics of the local rows; K is the number of windows of all ranks."""
+    """Loss (scalar) and metrics of the local rows; K is the number of windows of all ranks, P of contrasts."""
     sizes = gather_sizes(len(unit_NMD), device=unit_NMD.device)
     unit_KMD = all_gather_with_grad(unit_NMD, sizes)
     available_KM = all_gather_rows(available_NM, sizes)
     recording_K = all_gather_rows(recording_N, sizes)
-    target_KMD = leave_one_out_targets(unit_KMD, available_KM, is_normalized=config.normalize_target)
-    if config.detach_target:
-        target_KMD = target_KMD.detach()
-    member_KM = available_KM & (available_KM.sum(dim=1, keepdim=True) >= 2)
+    anchor_PKD, target_PKD, member_PK = _contrasts(unit_KMD, available_KM, config)
     own = slice(start := sum(sizes[: rank()]), start + len(unit_NMD))
-    itself_NK = torch.arange(start, start + len(unit_NMD), device=unit_NMD.device)[:, None] == torch.arange(
-        len(unit_KMD), device=unit_NMD.device
-    )
+    device = unit_NMD.device
+    itself_NK = torch.arange(own.start, own.stop, device=device)[:, None] == torch.arange(sum(sizes), device=device)
     same_NK = (recording_N[:, None] == recording_K) & ~itself_NK
-    allowed_MNK = member_KM.T[:, None, :].expand(-1, len(unit_NMD), -1)
-    if config.mask_same_recording:
-        allowed_MNK = allowed_MNK & ~same_NK
-    anchor_MND, all_anchors_MKD = unit_KMD[own].transpose(0, 1), unit_KMD.transpose(0, 1)
-    target_MND, all_targets_MKD = target_KMD[own].transpose(0, 1), target_KMD.transpose(0, 1)
-    rows_MN, is_hit_MN = _cross_entropy(anchor_MND, all_targets_MKD, allowed_MNK, itself_NK, scale)
-    columns_MN, _ = _cross_entropy(target_MND, all_anchors_MKD, allowed_MNK, itself_NK, scale)
-    member_MN = member_KM[own].T
-    count = member_KM.sum().clamp(min=1)
-    local = torch.where(member_MN, 0.5 * (rows_MN + columns_MN), torch.zeros_like(rows_MN)).sum()
+    rival_PNK = (member_PK[:, own, None] & member_PK[:, None, :]) & ~itself_NK
+    allowed_PNK = rival_PNK & ~same_NK if config.mask_same_recording else rival_PNK
+    rows_PN, is_hit_PN = _cross_entropy(anchor_PKD[:, own], target_PKD, allowed_PNK, itself_NK, scale)
+    columns_PN, _ = _cross_entropy(target_PKD[:, own], anchor_PKD, allowed_PNK, itself_NK, scale)
+    member_PN = member_PK[:, own]
+    count = member_PK.sum().clamp(min=1)
+    local = torch.where(member_PN, 0.5 * (rows_PN + columns_PN), torch.zeros_like(rows_PN)).sum()
     loss = local * world_size() / count
     with torch.no_grad():
-        cosine_MN = torch.nn.functional.cosine_similarity(anchor_MND, target_MND, dim=-1)
-        sums = torch.stack(
-            [
-                local.double(),
-                (is_hit_MN & member_MN).sum().double(),
-                (cosine_MN * member_MN).sum().double(),
-                (same_NK & member_MN[:, :, None] & member_KM.T[:, None, :]).sum().double(),
-                (~itself_NK & member_MN[:, :, None] & member_KM.T[:, None, :]).sum().double(),
-            ]
-        )
-        total, hits, cosine, same, negatives = sum_over_ranks(sums).unbind()
+        cosine_PN = torch.nn.functional.cosine_similarity(anchor_PKD[:, own], target_PKD[:, own], dim=-1)
+        sums = [
+            local,
+            (is_hit_PN & member_PN).sum(),
+            (cosine_PN * member_PN).sum(),
+            (same_NK & rival_PNK).sum(),
+            rival_PNK.sum(),
+            *_pair_distances(unit_NMD, available_NM),
+            *_pair_potentials(unit_NMD, available_NM, unit_KMD, available_KM, itself_NK),
+        ]
+        total, hits, cosine, same, rivals, distance, pairs, potential, others = sum_over_ranks(
+            torch.stack([value.double() for value in sums])
+        ).unbind()
     return loss, {
         "loss": total / count,
         "top1": hits / count,
         "alignment": cosine / count,
-        "same_recording_negatives": same / negatives.clamp(min=1),
+        "pair_distance": distance / pairs.clamp(min=1),
+        "uniformity": (potential / others.clamp(min=1)).clamp(min=torch.finfo(potential.dtype).tiny).log(),
+        "same_recording_negatives": same / rivals.clamp(min=1),
         "anchors": count.detach(),
         "scale": scale.detach()[0],
+        "temperature": 1 / scale.detach()[0],
     }
+
+
+def _contrasts(
+    unit_KMD: torch.Tensor, available_KM: torch.Tensor, config: LeaveOneOutConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Anchors and targets (P, K, D) of each contrast, and its members (P, K)."""
+    if config.contrast == "pairwise":
+        one, other = torch.triu_indices(unit_KMD.shape[1], unit_KMD.shape[1], offset=1, device=unit_KMD.device)
+        unit_MKD, available_MK = unit_KMD.transpose(0, 1), available_KM.T
+        return unit_MKD[one], unit_MKD[other], available_MK[one] & available_MK[other]
+    target_KMD = leave_one_out_targets(unit_KMD, available_KM, is_normalized=config.normalize_target)
+    if config.detach_target:
+        target_KMD = target_KMD.detach()
+    member_KM = available_KM & (available_KM.sum(dim=1, keepdim=True) >= 2)
+    return unit_KMD.transpose(0, 1), target_KMD.transpose(0, 1), member_KM.T
+
+
+def _pair_distances(unit_NMD: torch.Tensor, available_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the squared distances of all pairs of modalities of a window, and their number.
+
+    Their mean is the alignment of Wang and Isola (2020). Of unit vectors, sum |a - b|^2 = 2 pairs - 2 sum a.b.
+    """
+    count_N = available_NM.sum(dim=1)
+    pairs_N = count_N * (count_N - 1) / 2
+    dots_N = (unit_NMD.sum(dim=1).square().sum(dim=-1) - count_N) / 2
+    return 2 * (pairs_N - dots_N).sum(), pairs_N.sum()
+
+
+def _pair_potentials(
+    unit_NMD: torch.Tensor,
+    available_NM: torch.Tensor,
+    unit_KMD: torch.Tensor,
+    available_KM: torch.Tensor,
+    itself_NK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of exp(-2 |a - b|^2) over pairs of windows in the same modality, and their number.
+
+    The logarithm of their mean is the uniformity of Wang and Isola (2020).
+    """
+    cosine_MNK = torch.einsum("nmd,kmd->mnk", unit_NMD, unit_KMD)
+    both_MNK = available_NM.T[:, :, None] & available_KM.T[:, None, :] & ~itself_NK
+    return torch.where(both_MNK, (4 * cosine_MNK - 4).exp(), torch.zeros_like(cosine_MNK)).sum(), both_MNK.sum()
 
 
 def leave_one_out_targets(unit_KMD: torch.Tensor, available_KM: torch.Tensor, *, is_normalized: bool) -> torch.Tensor:
@@ -188,29 +217,45 @@ def leave_one_out_targets(unit_KMD: torch.Tensor, available_KM: torch.Tensor, *,
 
 
 def _cross_entropy(
-    query_MND: torch.Tensor,
-    key_MKD: torch.Tensor,
-    allowed_MNK: torch.Tensor,
+    query_PND: torch.Tensor,
+    key_PKD: torch.Tensor,
+    allowed_PNK: torch.Tensor,
     itself_NK: torch.Tensor,
     scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each query with its own key among the allowed keys, (M, N), and whether it ranks first.
+    """Cross-entropy of each query with its own key among the allowed keys, (P, N), and whether it ranks first.
 
     Rows that are no members give finite numbers which the caller leaves out.
     """
-    logits_MNK = torch.einsum("mnd,mkd->mnk", query_MND, key_MKD) * scale
+    logits_PNK = torch.einsum("pnd,pkd->pnk", query_PND, key_PKD) * scale
     # The lowest finite number, not -inf: a row without any allowed key must not turn the gradient into NaN.
-    logits_MNK = logits_MNK.masked_fill(~(allowed_MNK | itself_NK), torch.finfo(logits_MNK.dtype).min)
-    positive_MN = torch.where(itself_NK, logits_MNK, torch.zeros_like(logits_MNK)).sum(dim=-1)
-    is_first_MN = logits_MNK.argmax(dim=-1) == itself_NK.to(torch.int64).argmax(dim=-1)
-    return logits_MNK.logsumexp(dim=-1) - positive_MN, is_first_MN
+    logits_PNK = logits_PNK.masked_fill(~(allowed_PNK | itself_NK), torch.finfo(logits_PNK.dtype).min)
+    positive_PN = torch.where(itself_NK, logits_PNK, torch.zeros_like(logits_PNK)).sum(dim=-1)
+    is_first_PN = logits_PNK.argmax(dim=-1) == itself_NK.to(torch.int64).argmax(dim=-1)
+    return logits_PNK.logsumexp(dim=-1) - positive_PN, is_first_PN
 
 
-def _drop_channels(group: ChannelBatch, windows: Sequence[Window], name: str, *, seed: int, probability: float) -> None:
-    """Hides random channels of a group in place, always keeping one of those a window has."""
-    for b, window in enumerate(windows):
-        real = int(group.mask_BC[b].sum())
-        if real > 1:
-            draws = generator(seed, window.epoch, window.key, "channels", name).random(real)
-            draws[draws.argmax()] = 1.0
-            group.mask_BC[b, :real] = torch.from_numpy(draws >= probability)
+class _Bounded(torch.autograd.Function):
+    """Clamp whose gradient still leads back inside; that of torch.clamp is zero, and a value outside stays there."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        ctx.save_for_backward(value < low, value > high)
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        is_under, is_over = ctx.saved_tensors
+        # Descent goes against the gradient. All ranks must agree on its sign, so it is that of their mean.
+        mean = sum_over_ranks(gradients[0]) / world_size()
+        leads_out = (is_under & (mean > 0)) | (is_over & (mean < 0))
+        return torch.where(leads_out, torch.zeros_like(mean), mean), None, None
+
+
+def bounded(value: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
+    """`value` within [low, high], with no gradient that would lead further outside.
+
+    The same as setting a parameter back to its limit after each step, up to the length of one step, and it needs no
+    access to the weights that an optimizer keeps.
+    """
+    return _Bounded.apply(value, low, high)  # pyright: ignore[reportReturnType]  # torch leaves apply untyped
