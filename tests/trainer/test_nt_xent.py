@@ -67,9 +67,10 @@ def slow_reference(unit, channel, recording, start_ms, config):
     return total / (2 * num)
 
 
+@pytest.mark.parametrize("near_s", [0.0, 60.0, 1e6], ids=["none_near", "a_minute", "whole_recording"])
 @pytest.mark.parametrize("guard", ["drop", "homogeneous", "dropout"])
-def test_equals_the_slow_reference_in_value_and_gradient(guard):
-    config = NtXentConfig(id_leak_guard=guard)
+def test_equals_the_slow_reference_in_value_and_gradient(guard, near_s):
+    config = NtXentConfig(id_leak_guard=guard, near_s=near_s)
     ids = {
         "channel_N": torch.tensor([1, 1, 2, 2, 1, 3]),
         "recording_N": torch.tensor([0, 0, 0, 1, 1, 2]),
@@ -85,6 +86,32 @@ def test_equals_the_slow_reference_in_value_and_gradient(guard):
     torch.testing.assert_close(fast_in.grad, slow_in.grad, rtol=0, atol=1e-10)
 
 
+def test_guard_and_neighbours_each_change_the_loss():
+    """Else the test above would hold for a loss that ignores them."""
+    ids = {
+        "channel_N": torch.tensor([1, 1, 2, 2, 1, 3]),
+        "recording_N": torch.tensor([0, 0, 0, 1, 1, 2]),
+        "start_ms_N": torch.tensor([0, 59_000, 60_000, 0, 10_000, 0]),
+    }
+    losses = [
+        float(nt_xent_loss(draw(), **ids, config=NtXentConfig(id_leak_guard=guard, near_s=near_s))[0])
+        for guard in ("drop", "homogeneous")
+        for near_s in (0.0, 60.0)
+    ]
+    assert len({round(loss, 6) for loss in losses}) == len(losses)
+
+
+def test_uniformity_by_hand():
+    """Two crops of two views at angles 0, 60 and 180, 180 degrees: four pairs of different crops."""
+    angles = torch.tensor([[0.0, 60.0], [180.0, 180.0]], dtype=torch.float64).deg2rad()
+    unit = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    ids = {"channel_N": torch.zeros(2), "recording_N": torch.arange(2), "start_ms_N": torch.zeros(2)}
+    _, metrics = nt_xent_loss(unit, **ids, config=NtXentConfig())
+    squared = [4.0, 4.0, 3.0, 3.0]
+    assert float(metrics["uniformity"]) == pytest.approx(np.log(np.mean(np.exp(-2 * np.array(squared)))))
+    assert float(metrics["pair_distance"]) == pytest.approx((1.0 + 0.0) / 2)
+
+
 def test_metrics_by_hand():
     unit = torch.eye(6, dtype=torch.float64)[:, None, :].expand(6, 2, 6).contiguous()
     loss, metrics = nt_xent_loss(unit, channel_N=torch.zeros(6), **FAR, config=NtXentConfig(temperature=0.5))
@@ -92,6 +119,8 @@ def test_metrics_by_hand():
     assert {name: float(value) for name, value in metrics.items() if name != "loss"} == {
         "top1": 1.0,
         "alignment": pytest.approx(1.0),
+        "pair_distance": pytest.approx(0.0, abs=1e-12),
+        "uniformity": pytest.approx(-4.0),  # orthogonal crops: |a - b|^2 = 2
         "negatives": 10.0,
         "anchors": 12,
     }
@@ -126,6 +155,28 @@ def test_the_shortcut_is_there_when_codes_pass_without_a_guard():
     """Four channels: the loss falls by log 4 without any signal if codes are shown and all pairs are negatives."""
     losses, chance = train_on_silence("drop", codes_of="homogeneous")
     assert losses[-1] == pytest.approx(chance - np.log(4), abs=0.15)
+
+
+def gain_by_ids_alone(*, kept):
+    """How far below chance embeddings made of the channel alone bring the loss; a share `kept` of views shows it."""
+    num = 64
+    channel_N = torch.arange(num) % 4
+    shown_NV1 = torch.from_numpy(np.random.default_rng(0).random((num, 2, 1)) < kept)
+    axes = torch.eye(5, dtype=torch.float64)
+    ids = {"channel_N": channel_N, "recording_N": torch.arange(num), "start_ms_N": torch.zeros(num)}
+    gains = []
+    for strength in (0.0, 0.3, 0.5, 1.0, 2.0):
+        unit = torch.nn.functional.normalize(axes[4] + strength * shown_NV1 * axes[channel_N][:, None, :], dim=-1)
+        loss, metrics = nt_xent_loss(unit, **ids, config=NtXentConfig(id_leak_guard="dropout"))
+        gains.append(float(metrics["negatives"].log1p() - loss))
+    return max(gains)
+
+
+def test_dropout_of_the_codes_narrows_the_shortcut_and_does_not_close_it():
+    """Why `drop` is the default: pairs that both show their channel can still be told by it."""
+    assert gain_by_ids_alone(kept=0.0) == pytest.approx(0.0, abs=1e-9)
+    assert 0.05 < gain_by_ids_alone(kept=0.5) < 0.2
+    assert gain_by_ids_alone(kept=1.0) == pytest.approx(np.log(4), abs=0.05)
 
 
 def test_dropout_hides_the_codes_of_about_half_of_the_views():

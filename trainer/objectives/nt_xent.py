@@ -108,7 +108,13 @@ def nt_xent_loss(
     start_ms_N: torch.Tensor,
     config: NtXentConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """NT-Xent of the local rows (scalar) and metrics; K is the number of crops of all ranks, V and W are views."""
+    """NT-Xent of the local rows (scalar) and metrics; K is the number of crops of all ranks, V and W are views.
+
+    Metrics over all ranks: `top1` (share of views whose nearest allowed neighbour is their other view), `alignment`
+    (mean cosine of two views of a crop), `pair_distance` and `uniformity` (alignment and uniformity as Wang and Isola
+    2020 define them: mean squared distance of two views; logarithm of the mean of exp(-2 |a - b|^2) over views of
+    different crops; both the lower the better), `negatives` per anchor, number of `anchors`.
+    """
     sizes = gather_sizes(len(unit_NVD), device=unit_NVD.device)
     unit_KWD = all_gather_with_grad(unit_NVD, sizes)
     channel_K, recording_K, start_ms_K = (all_gather_rows(x, sizes) for x in (channel_N, recording_N, start_ms_N))
@@ -133,19 +139,24 @@ def nt_xent_loss(
     loss = local * (world_size() / max(1, count))
     with torch.no_grad():
         hits = (positive_NV >= logits_NVC.max(dim=-1).values).sum() if len(unit_NVD) else local.new_zeros(())
-        sums = torch.stack(
-            [
-                local.double(),
-                hits.double(),
-                config.temperature * positive_NV.sum().double(),
-                NUM_VIEWS * NUM_VIEWS * negative_NK.sum().double(),
-            ]
-        )
-        total, hits, cosine, negatives = (sum_over_ranks(sums) / max(1, count)).unbind()
+        potential_NVKW = (4 * config.temperature * logits_NVKW - 4).exp() * ~itself_NK[:, None, :, None]
+        sums = [
+            local,
+            hits,
+            config.temperature * positive_NV.sum(),
+            NUM_VIEWS * NUM_VIEWS * negative_NK.sum(),
+            potential_NVKW.sum(),
+            NUM_VIEWS * NUM_VIEWS * (~itself_NK).sum(),
+        ]
+        totals = sum_over_ranks(torch.stack([value.double() for value in sums]))
+        total, hits, cosine, negatives = (totals[:4] / max(1, count)).unbind()
+        potential = totals[4] / totals[5].clamp(min=1)
     return loss, {
         "loss": total,
         "top1": hits,
         "alignment": cosine,
+        "pair_distance": 2 - 2 * cosine,
+        "uniformity": potential.clamp(min=torch.finfo(potential.dtype).tiny).log(),
         "negatives": negatives,
         "anchors": torch.tensor(count, device=device),
     }
