@@ -60,6 +60,7 @@ class Progress:
         seconds: Time spent in training steps, over all attempts.
         loss: Loss of the last step, None before the first.
         data: Where the order of samples stands.
+        skipped: Steps among them that changed nothing, for their loss or gradient was not finite.
     """
 
     step: int
@@ -67,6 +68,7 @@ class Progress:
     seconds: float
     loss: float | None
     data: DataState
+    skipped: int = 0
 
 
 def checkpoint_name(step: int, attempt: int) -> str:

@@ -66,7 +66,9 @@ def launch(config: PretrainConfig) -> PretrainResult:
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(backend=None if config.backend == "auto" else config.backend),
+        torch_config=TorchConfig(
+            backend=None if config.backend == "auto" else config.backend, timeout_s=config.collective_timeout_s
+        ),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=has_gpu,

@@ -8,57 +8,86 @@ numbers bit for bit (same world size, CPU, fp32).
 import hashlib
 import logging
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from trainer.collectives import rank
+from trainer.checkpoint import next_attempt
+from trainer.collectives import rank, world_size
 from trainer.config import PretrainConfig
 from trainer.run import Report, Run
-from trainer.run_folder import PretrainResult
+from trainer.run_folder import CHECKPOINT_FOLDER, PretrainResult, check_run, open_run
 from trainer.stopper import Stopper
+from trainer.watchdog import Watchdog
 from trainer.zero import join_processes, learning_rate, set_learning_rate, train_step
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig, *, report: Report | None = None) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, *, report: Report | None = None, notice: Callable[[], bool] | None = None
+) -> PretrainResult:
     """Train until `config.steps`, from the newest valid checkpoint in `config.run_dir` if there is one.
 
     Args:
         config: The run. All ranks get the same.
         report: Called on every rank after each checkpoint, with step and loss.
+        notice: Asked on all ranks together every few seconds; True, on all of them, asks for a checkpoint now,
+            because a machine goes away soon.
 
     Raises:
         ConfigError: A value cannot be used, or `run_dir` holds a run with another configuration.
         ContractError: A snapshot or a checkpoint breaks its contract.
     """
-    join_processes(config.backend)
-    run = Run(config)
+    join_processes(config.backend, timeout_s=config.collective_timeout_s)
+    run_dir = Path(config.run_dir).absolute()
+    streams = check_run(config)
+    with open_run(run_dir, config):
+        attempt = next_attempt(run_dir / CHECKPOINT_FOLDER)
+        hang_timeout_s = config.faults.hang_timeout_s
+        with Watchdog(
+            run_dir, rank=rank(), world_size=world_size(), attempt=attempt, hang_timeout_s=hang_timeout_s
+        ) as watchdog:
+            run = Run(config, streams, watchdog=watchdog, attempt=attempt)
+            try:
+                with Stopper(run_dir, notice=notice) as stopper:
+                    _train(run, stopper, report)
+            finally:
+                run.close()
+            result = run.result()
+            watchdog.mark("finished" if result.is_finished else "stopped", result.step)
+    return result
+
+
+def _train(run: Run, stopper: Stopper, report: Report | None) -> None:
+    """Steps until the last one, or until somebody asks for a stop."""
+    config = run.config
     batches = run.batches()
     try:
-        with Stopper(run.run_dir) as stopper:
-            for step in range(run.progress.step, config.steps):
-                began = time.monotonic()
-                lr = learning_rate(step, config.optimizer, steps=config.steps)
-                set_learning_rate(run.model, lr)
-                torch.manual_seed(_step_seed(config.seed, step))
-                metrics, norm = train_step(run.model, next(batches))
-                run.advance(metrics, seconds=time.monotonic() - began)
-                is_stopping = stopper.is_asked() or run.progress.step == config.stop_at
-                is_last = is_stopping or run.progress.step == config.steps
-                if run.is_due(config.eval_every) or run.progress.step == config.steps:
-                    run.evaluate()
-                if is_last or run.is_due(config.log_every) or run.is_due(config.eval_every):
-                    run.log(metrics, lr=lr, grad_norm=norm)
-                if is_last or run.is_due(config.save_every):
-                    run.save(report)
-                if is_stopping:
-                    logger.info("stopped after step %d; the same command goes on from here", run.progress.step)
-                    break
+        for step in range(run.progress.step, config.steps):
+            began = time.monotonic()
+            lr = learning_rate(step, config.optimizer, steps=config.steps)
+            set_learning_rate(run.model, lr)
+            torch.manual_seed(_step_seed(config.seed, step))
+            batch = next(batches)
+            data_s = time.monotonic() - began
+            metrics, norm = train_step(run.model, batch.parts, cached_gradients=config.cached_gradients)
+            run.advance(metrics, norm, batch=batch, seconds=time.monotonic() - began, data_s=data_s)
+            is_asked, is_leaving = stopper.poll()
+            is_stopping = is_asked or run.progress.step == config.stop_at
+            is_last = is_stopping or run.progress.step == config.steps
+            if run.is_due(config.eval_every) or run.progress.step == config.steps:
+                run.evaluate()
+            if is_last or run.is_due(config.log_every) or run.is_due(config.eval_every):
+                run.log(metrics, lr=lr, grad_norm=norm)
+            if is_last or is_leaving or run.is_due(config.save_every):
+                run.save(report)
+            if is_stopping:
+                logger.info("stopped after step %d; the same command goes on from here", run.progress.step)
+                break
     finally:
         batches.close()
-        run.close()
-    return run.result()
 
 
 def _step_seed(seed: int, step: int) -> int:

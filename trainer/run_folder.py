@@ -1,12 +1,15 @@
 """The folder of a pretraining run: what lies where, who may write, what it says about the run."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
 
-from manifests.config import read_yaml, start_run
+from manifests.config import read_yaml, start_run, write_atomically
 from manifests.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint
 from trainer.collectives import rank, sum_over_ranks
@@ -18,6 +21,7 @@ from trainer.metrics import read_metrics
 CHECKPOINT_FOLDER = "checkpoints"
 ENCODER_FOLDER = "encoder"
 LOCK_FILE = "train.lock"
+SKIPPED_FILE = "skipped.jsonl"
 LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
 
 
@@ -71,14 +75,27 @@ def read_result(config: PretrainConfig) -> PretrainResult:
     return PretrainResult(
         step=step,
         is_finished=step >= config.steps,
-        loss=rows[-1]["loss"] if rows else None,
+        loss=rows[-1].get("loss") if rows else None,
         checkpoint=newest_checkpoint(run_dir / CHECKPOINT_FOLDER),
         encoder=run_dir / ENCODER_FOLDER,
         evaluation=next((values for values in reversed(evaluations) if values), {}),
     )
 
 
-def open_run(run_dir: Path, config: PretrainConfig) -> TextIO | None:
+def read_skipped(run_dir: Path) -> list[dict[str, Any]]:
+    """Steps that were not taken (`step`, `loss`, `grad_norm`, `keys` of their batch); half a last row is left out."""
+    path = run_dir / SKIPPED_FILE
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_skipped(run_dir: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the list of steps that were not taken."""
+    write_atomically(run_dir / SKIPPED_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def open_run(run_dir: Path, config: PretrainConfig) -> Iterator[None]:
     """Take the folder and write the run's header; the lock is rank 0's."""
     lock, refusal = None, ""
     if rank() == 0:
@@ -90,6 +107,10 @@ def open_run(run_dir: Path, config: PretrainConfig) -> TextIO | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if sum_over_ranks(torch.tensor([float(bool(refusal))], device=device)).item() > 0:
         raise ConfigError(refusal or f"{run_dir}: another run is training here")
-    if rank() == 0:
-        start_run(run_dir, config)
-    return lock
+    try:
+        if rank() == 0:
+            start_run(run_dir, config)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()

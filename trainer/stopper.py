@@ -3,6 +3,8 @@
 import logging
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,14 +16,22 @@ from trainer.collectives import rank, sum_over_ranks, world_size
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"  # made by anyone, stops the run after the current step as SIGTERM does
+NOTICE_EVERY_S = 2.0
 
 
 class Stopper:
-    """Turns SIGINT, SIGTERM and the stop file into a stop that all ranks make after the same step."""
+    """Turns SIGINT, SIGTERM and the stop file into a stop that all ranks make after the same step.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: Folder of the run.
+        notice: Asked on all ranks together every few seconds: does a machine go away soon? True on all or on none.
+    """
+
+    def __init__(self, run_dir: Path, *, notice: Callable[[], bool] | None = None) -> None:
         self._file = run_dir / STOP_FILE
         self._is_asked = False
+        self._notice = notice
+        self._looked = time.monotonic()
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stopper":
@@ -38,12 +48,18 @@ class Stopper:
         logger.warning("%s: stopping after this step", signal.Signals(number).name)
         self._is_asked = True
 
-    def is_asked(self) -> bool:
-        """Whether any rank was asked to stop. A collective."""
+    def poll(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether a checkpoint is wanted now. A collective."""
         if rank() == 0 and self._file.exists():
             self._file.unlink()
             self._is_asked = True
-        if world_size() == 1:
-            return self._is_asked
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        return bool(sum_over_ranks(torch.tensor([float(self._is_asked)], device=device)).item() > 0)
+        is_time = rank() == 0 and time.monotonic() - self._looked > NOTICE_EVERY_S
+        is_stopping, is_looking = self._is_asked, is_time
+        if world_size() > 1:
+            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            asked = sum_over_ranks(torch.tensor([float(is_stopping), float(is_looking)], device=device)).tolist()
+            is_stopping, is_looking = asked[0] > 0, asked[1] > 0
+        if not is_looking:
+            return is_stopping, False
+        self._looked = time.monotonic()
+        return is_stopping, self._notice is not None and self._notice()

@@ -4,8 +4,8 @@ import atexit
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -182,21 +182,38 @@ def set_learning_rate(model: Any, value: float) -> None:
 def train_step(
     model: Any, batches: Sequence[Any], *, cached_gradients: bool = False
 ) -> tuple[dict[str, torch.Tensor], float | None]:
-    """Metrics (mean over the micro-batches) and gradient norm before clipping of one optimizer step."""
+    """Metrics (mean over the micro-batches) and gradient norm before clipping of one optimizer step.
+
+    A step whose loss or gradient is not finite changes neither parameters nor moments; its norm is not finite.
+    """
     sums: dict[str, torch.Tensor] = {}
     norm: Any = None
     for loss, metrics in (cached_losses if cached_gradients else plain_losses)(model, batches):
-        model.backward(loss)  # never loss.backward(): with two forward passes it is silently wrong
+        # A loss that is no number makes every gradient one, also where its own would have been finite: then the
+        # norm, which all ranks share and ZeRO looks at before it steps, tells without another transfer.
+        poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+        model.backward(loss * poison)  # never loss.backward(): with two forward passes it is silently wrong
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         if model.is_gradient_accumulation_boundary() and model.zero_optimization_stage() == 0:
             # Here the gradients are whole, and the step clears them.
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.module.parameters() if p.grad is not None])
-        model.step()
+        with _no_update(model) if norm is not None and not norm.isfinite() else nullcontext():
+            model.step()
     if norm is None:
         norm = model.get_global_grad_norm()
     means = {name: value / len(batches) for name, value in sums.items()}
     return means, None if norm is None else float(norm)
+
+
+@contextmanager
+def _no_update(model: Any) -> Iterator[None]:
+    """`model.step()` counts and clears gradients and leaves the parameters; ZeRO does the same by itself."""
+    model.optimizer.step = lambda: None  # hides the method
+    try:
+        yield
+    finally:
+        del model.optimizer.step
 
 
 def gathered(model: Any, parameters: list[nn.Parameter], *, is_written: bool = False) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from manifests.config import dump_yaml
 from manifests.errors import ConfigError, ContractError
@@ -62,7 +61,11 @@ def test_a_run_leaves_metrics_checkpoints_and_an_encoder(tiny_config: MakeConfig
     assert (result.step, result.is_finished) == (8, True)
     rows = read_metrics(config.run_dir)
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"loss", "lr", "grad_norm", "windows_per_s", "eta_s", "time"} <= rows[0].keys()
+    assert {"loss", "lr", "grad_norm", "top1", "alignment", "windows_per_s", "hours_per_s", "data_wait"} <= rows[
+        0
+    ].keys()
+    assert {"rss_bytes", "goodput", "replaced", "skipped", "eta_s", "time"} <= rows[0].keys()
+    assert 0 < rows[7]["goodput"] < 1
     assert [row["step"] for row in rows if "eval_top1" in row] == [4, 8]
     assert result.evaluation["n"] == 16
     assert result.evaluation["chance"] == pytest.approx(1 / 16)
@@ -107,11 +110,11 @@ def test_a_run_killed_after_a_checkpoint_writes_each_step_once(
     original = loop.train_step
     calls = []
 
-    def die_at_step_five(*arguments: object) -> object:
+    def die_at_step_five(*arguments: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(loop, "train_step", die_at_step_five)
     with pytest.raises(KeyboardInterrupt):
@@ -191,14 +194,6 @@ def test_univariate_pretraining_runs_through_the_same_loop(tiny_config: MakeConf
     result = pretrain(tiny_config(**univariate, steps=4))
     assert losses(tiny_config().run_dir) == losses(tiny_config("full").run_dir)
     assert read_card(result.encoder).kind == "univariate"
-
-
-def test_a_loss_that_is_no_number_stops_the_run_with_the_remedy(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: ({"loss": torch.tensor(float("nan"))}, 1.0))
-    with pytest.raises(ConfigError, match=r"step 1: the loss is nan; lower optimizer\.lr"):
-        pretrain(tiny_config())
 
 
 def test_held_out_windows_are_the_same_every_time_and_of_their_split(tiny_config: MakeConfig) -> None:

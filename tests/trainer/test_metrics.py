@@ -1,25 +1,32 @@
+import itertools
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
 
+from trainer import metrics
 from trainer.metrics import MetricsWriter, describe, read_metrics
 
 
 def write(writer: MetricsWriter, steps: range) -> None:
     for step in steps:
-        writer.write(step, {"loss": 1.0 / step, "lr": 1e-3, "grad_norm": None}, windows_per_s=10.0, seconds=2.0)
+        writer.write(step, {"loss": 1.0 / step, "lr": 1e-3, "grad_norm": None, "bad": math.nan, "windows_per_s": 10.0})
     writer.close()
 
 
-def test_a_row_per_step_with_speed_and_eta(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_per_step_with_speed_and_eta(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0.0, 2.0)  # s
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO):
         write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 4))
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["eta_s"] == 14.0
-    assert "grad_norm" not in rows[0]
+    assert not rows[0].keys() & {"grad_norm", "bad"}  # not given, and nothing that JSON can say
     assert "step 3/10  loss 0.3333" in caplog.text
     assert "10 windows/s  ETA 0:14" in caplog.text
 
@@ -52,3 +59,11 @@ def test_the_line_for_a_person_shows_hours_and_held_out_retrieval() -> None:
     row = {"step": 40, "loss": 1.5, "lr": 1e-3, "windows_per_s": 310.4, "eta_s": 3661.0}
     assert describe(row, steps=200) == "step 40/200  loss 1.5000  lr 1.0e-03  310 windows/s  ETA 1:01:01"
     assert "held-out top-1 0.500 (chance 0.100)" in describe(row | {"eval_top1": 0.5, "eval_chance": 0.1}, steps=200)
+
+
+def test_the_line_for_a_person_tells_what_is_wrong_and_only_that() -> None:
+    row = {"step": 40, "lr": 1e-3, "windows_per_s": 310.4, "eta_s": 61.0, "data_wait": 0.01, "skipped": 0.0}
+    assert describe(row, steps=200) == "step 40/200  loss nan  lr 1.0e-03  310 windows/s  ETA 1:01"
+    line = describe(row | {"data_wait": 0.31, "skipped": 2.0, "loss_spike": 9.2, "mfu": 0.412}, steps=200)
+    for part in ("waits for data 31% of the time", "2 steps skipped", "spike of 9 sigma", "MFU 41.2%"):
+        assert part in line
