@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from adapters.tasks import Task
+from manifests.tasks import Task
 from trainer.batches import KIND_IDS, ChannelBatch
 
 

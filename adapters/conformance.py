@@ -13,10 +13,10 @@ from safetensors.numpy import save
 from adapters.evaluate import collate_task
 from adapters.layout import TaskRecord
 from adapters.model import MultiTaskModel
-from adapters.tasks import Task
 from manifests.channels import UCS_VERSION, ChannelTag, resolve
 from manifests.errors import ContractError
 from manifests.recipes import Recipe
+from manifests.tasks import Task
 from trainer.read import Window
 
 NUM_WINDOWS = 2

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from adapters.config import TaskRun
-from adapters.tasks import Task, chosen_symbols, lacking, window_labels
 from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.recipes import Recipe
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
+from manifests.tasks import Task, chosen_symbols, lacking, window_labels
 from trainer.data import Address, Order, SampleFilter, SnapshotSource, Stream, load_streams
 from trainer.read import SnapshotReader, Window
 

@@ -8,9 +8,9 @@ import torch
 
 from adapters.data import Labelled, TaskData, read_spread
 from adapters.model import MultiTaskModel
-from adapters.scores import score_classes, score_yes_no
-from adapters.tasks import Task
+from manifests.tasks import Task
 from trainer.batches import ChannelBatch, collate_channels
+from trainer.evaluation.scores import score_classes, score_yes_no
 from trainer.read import Window
 
 EVAL_BATCH = 64

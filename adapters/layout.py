@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from adapters.config import LoraSpec
-from adapters.tasks import Task, TaskId
 from manifests.errors import ConfigError, ContractError
 from manifests.recipes import Recipe
+from manifests.tasks import Task, TaskId
 
 FORMAT = "kymo-bundle"
 SCHEMA_VERSION = 1

@@ -14,10 +14,10 @@ import torch
 from adapters.bundle import Bundle
 from adapters.evaluate import collate_task, task_probabilities
 from adapters.layout import TaskRecord
-from adapters.tasks import chosen_symbols, lacking
 from manifests.annotations import STAGES
 from manifests.config import write_atomically
 from manifests.errors import ContractError, RecordingError
+from manifests.tasks import chosen_symbols, lacking
 from trainer.read import Window
 
 BATCH = 32

@@ -34,9 +34,9 @@ from adapters.config import AdaptConfig
 from adapters.data import TaskData, describe_data, load_task_data
 from adapters.evaluate import collate_task, evaluate, mean_primary, targets_of
 from adapters.model import MultiTaskModel
-from adapters.tasks import Task, load_task
 from manifests.config import digest, start_run, write_atomically
 from manifests.errors import ConfigError
+from manifests.tasks import Task, load_task
 from trainer.batches import ChannelBatch, generator, stable_hash
 from trainer.data import Order
 from trainer.export import load_encoder, read_card
@@ -53,7 +53,7 @@ FINAL_RATE = 0.05  # share of the peak learning rate at the last step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptResult:
-    """A finished run. `model` holds the kept weights; `scores` is task -> split -> what `adapters.scores` returns.
+    """A finished run. `model` holds the kept weights; `scores` is task -> split -> scores (`trainer.evaluation.scores`).
 
     `data` is task -> snapshots, recipe and window counts, as plain data.
     """

@@ -12,11 +12,11 @@ import torch
 
 from adapters.bundle import write_bundle
 from adapters.config import AdaptConfig
-from adapters.tasks import load_task
 from adapters.train import AdaptResult, adapt
 from manifests.config import digest, dump_yaml
 from manifests.recipes import KindRule, Recipe
 from manifests.shards import SNAPSHOT_FILE, npy_bytes
+from manifests.tasks import load_task
 from trainer import tiny
 from trainer.export import save_encoder
 from trainer.models.build import build_encoder

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from adapters.augment import drop_channels
-from adapters.tasks import load_task
+from manifests.tasks import load_task
 from trainer.batches import KIND_IDS, ChannelBatch, generator
 
 

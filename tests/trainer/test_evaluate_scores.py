@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
-from adapters.scores import score_classes, score_yes_no
+from trainer.evaluation.scores import score_classes, score_yes_no
 
 RNG = np.random.default_rng(0)
 

@@ -1,8 +1,8 @@
 import pytest
 
-from adapters.tasks import TASKS_DIR, Task, chosen_symbols, lacking, load_task, window_labels
 from manifests.config import shipped_names, validate
 from manifests.errors import ConfigError
+from manifests.tasks import TASKS_DIR, Task, chosen_symbols, lacking, load_task, window_labels
 
 BASE = {
     "id": "demo",
