@@ -19,7 +19,6 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -31,14 +30,14 @@ from trainer.config import PretrainConfig
 from trainer.lock import hold
 from trainer.loop import pretrain
 from trainer.metrics import METRICS_FILE, describe, read_metrics
-from trainer.run_folder import PretrainResult, check_run, read_result
+from trainer.run_folder import LAUNCH_LOCK_FILE, PretrainResult, check_run, read_result
 from trainer.stopper import STOP_FILE
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
 WORKERS_FOLDER = "workers"
-LOCK_FILE = "launch.lock"  # of the driver; each group of workers has its own, see trainer/run_folder.py
+WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 POLL_S = 0.5
 OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray
 
@@ -53,8 +52,7 @@ def launch(config: PretrainConfig) -> PretrainResult:
     """
     config = _with_absolute_paths(config)
     check_run(config)
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(config.ray.health_check_s)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.ray.start_timeout_s)
+    _check_workers(config)
     run_dir = Path(config.run_dir)
     before = read_result(config)
     if before.checkpoint is not None and step_of(before.checkpoint) >= config.steps:
@@ -62,28 +60,10 @@ def launch(config: PretrainConfig) -> PretrainResult:
         return before
     if before.checkpoint is not None:
         logger.info("going on from step %d", step_of(before.checkpoint))
-    has_gpu = torch.cuda.is_available()
-    trainer = TorchTrainer(
-        train_on_worker,
-        train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(
-            backend=None if config.backend == "auto" else config.backend, timeout_s=config.collective_timeout_s
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=has_gpu,
-            resources_per_worker={"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if has_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=f"{run_dir.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=config.ray.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    with hold(run_dir / LOCK_FILE), _cluster(config):
+    # For a moment the lock may be held by somebody who only looks whether it is free.
+    with hold(run_dir / LAUNCH_LOCK_FILE, patience_s=1.0), _cluster(config):
         try:
-            _fit(trainer, config)
+            _fit(_trainer(config), config)
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "cause", None) or failure
@@ -91,6 +71,58 @@ def launch(config: PretrainConfig) -> PretrainResult:
                     raise type(cause)(str(cause)) from error
             raise
     return read_result(config)
+
+
+def _check_workers(config: PretrainConfig) -> None:
+    """Refuse more workers than a micro-batch has windows, before Ray finds it out on a worker."""
+    most = _most_workers(config)
+    windows = config.global_batch // config.gradient_accumulation
+    if most > windows:
+        raise ConfigError(
+            f"num_workers: {most} is more than the {windows} windows of a micro-batch (global_batch / "
+            "gradient_accumulation); lower num_workers or raise global_batch"
+        )
+
+
+def _most_workers(config: PretrainConfig) -> int:
+    return config.num_workers[1] if isinstance(config.num_workers, tuple) else config.num_workers
+
+
+def _trainer(config: PretrainConfig) -> TorchTrainer:
+    """Ray's trainer for a run; the cluster is connected."""
+    settings = config.ray
+    for name, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": settings.health_check_s,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": settings.start_timeout_s,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": config.collective_timeout_s,  # by default Ray's own never end
+    }.items():
+        os.environ[name] = str(value)
+    # Not whether this machine has one: the driver may run on a head without.
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0 if settings.use_gpu is None else settings.use_gpu
+    run_dir = Path(config.run_dir)
+    return TorchTrainer(
+        train_on_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "has_notice": os.environ.get(WATCHER_SWITCH) != "0",
+        },
+        torch_config=TorchConfig(
+            backend=None if config.backend == "auto" else config.backend, timeout_s=config.collective_timeout_s
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=has_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if has_gpu else {})},
+            elastic_resize_monitor_interval_s=settings.resize_every_s,
+        ),
+        run_config=RunConfig(
+            name=f"{run_dir.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(run_dir / "ray"),
+            # A node that goes away with notice is nobody's failure; Ray counts those apart, without a limit.
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
 
 
 def _fit(trainer: TorchTrainer, config: PretrainConfig) -> None:
@@ -164,9 +196,25 @@ def train_on_worker(plain: dict[str, Any]) -> None:
     mark = folder / f"rank-{rank()}.pid"
     mark.write_text(f"{os.getpid()}\n", encoding="utf-8")
     try:
-        pretrain(config, report=ray.train.report)
+        pretrain(config, report=ray.train.report, notice=_Notice() if plain["has_notice"] else None)
     finally:
         mark.unlink(missing_ok=True)
+
+
+class _Notice:
+    """Whether Ray has told of a node that goes away soon, once for each news. The same on all ranks."""
+
+    def __init__(self) -> None:
+        self._known: frozenset[str] = frozenset()
+
+    def __call__(self) -> bool:
+        info = ray.train.get_preemption_info()
+        nodes = frozenset() if info is None else frozenset(info.preempted_node_to_ranks)
+        is_news = not nodes <= self._known
+        if is_news and rank() == 0:
+            logger.warning("node %s goes away: saving a checkpoint now", ", ".join(sorted(nodes - self._known)))
+        self._known |= nodes
+        return is_news
 
 
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
@@ -177,7 +225,7 @@ def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
 
 def start_local_ray(num_cpus: int) -> None:
     """Start a Ray on this machine, for `num_cpus` logical CPUs; the caller shuts it down."""
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody gives notice of taking this machine away
+    os.environ[WATCHER_SWITCH] = "0"  # nobody gives notice of taking this machine away
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -199,7 +247,7 @@ def _cluster(config: PretrainConfig) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        start_local_ray(int(config.num_workers * config.ray.cpus_per_worker) + 1)  # one for the controller
+        start_local_ray(int(_most_workers(config) * config.ray.cpus_per_worker) + 1)  # one for the controller
     try:
         yield
     finally:

@@ -20,7 +20,8 @@ from trainer.metrics import read_metrics
 
 CHECKPOINT_FOLDER = "checkpoints"
 ENCODER_FOLDER = "encoder"
-LOCK_FILE = "train.lock"
+LOCK_FILE = "train.lock"  # of rank 0
+LAUNCH_LOCK_FILE = "launch.lock"  # of the driver under Ray
 SKIPPED_FILE = "skipped.jsonl"
 LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
 

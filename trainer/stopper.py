@@ -16,7 +16,7 @@ from trainer.collectives import rank, sum_over_ranks, world_size
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"  # made by anyone, stops the run after the current step as SIGTERM does
-NOTICE_EVERY_S = 2.0
+NOTICE_EVERY_S = 5.0  # as often as Ray looks itself
 
 
 class Stopper:
