@@ -46,11 +46,11 @@ HOURS = {"psg": 8.0, "eeg256": 2.0, "eeg250": 2.0}
 SIGNALS = {"psg": inputs.NIGHT, "eeg256": inputs.clinical_eeg(256), "eeg250": inputs.clinical_eeg(250)}
 RECIPES = {"psg": "sleep128", "eeg256": "eeg200", "eeg250": "eeg200"}
 CONTENDERS = {
-    "psg": ("kymo", "unit", "limit", "sleepfm", "pyedflib+scipy psg"),
+    "psg": ("kymo", "unit", "limit", "sleepfm", "luna", "pyedflib+scipy psg"),
     "eeg256": ("kymo", "unit", "limit", "labram", "pyedflib+scipy", "braindecode"),
     "eeg250": ("kymo", "unit", "limit", "labram", "pyedflib+scipy"),
 }
-SLOW = frozenset({"sleepfm"})
+SLOW = frozenset({"sleepfm", "luna"})
 UNITS = 4
 PRICE_PER_CORE_HOUR = 0.0504  # USD, AWS m7i.large on demand in us-east-1: 0.1008 an hour for 2 vCPUs
 BLOCK = 1 << 15
@@ -167,9 +167,9 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def compare(work: str, folder: Path, runs: int, *, fast: bool) -> dict[str, dict[str, float]]:
     """Medians of all contenders at one kind of work, in alternating runs."""
-    ways = [way for way in ("start", *CONTENDERS[work]) if way != "braindecode" or peers.has_braindecode()]
-    if len(ways) <= len(CONTENDERS[work]) and "braindecode" in CONTENDERS[work]:
-        print("braindecode is not installed: left out", flush=True)
+    ways = ["start", *(way for way in CONTENDERS[work] if peers.is_at_hand(way))]
+    if missing := set(CONTENDERS[work]) - set(ways):
+        print(f"not installed, left out: {', '.join(sorted(missing))}", flush=True)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(runs):
         for way, rows in found.items():

@@ -83,6 +83,22 @@ def braindecode_windows(path: Path, output: Path) -> None:
     windows.save(str(output), overwrite=True)
 
 
+def luna(path: Path, output: Path) -> None:
+    """Band-pass of EEG and EOG, every channel to 128 Hz, a new EDF, by Luna (C++) through lunapi.
+
+    Source: Luna's reference manual, commands FILTER, RESAMPLE and WRITE. The Butterworth filter is the cheapest one it
+    has: with its FIR filter of 0.5 Hz transition width the same night takes 2.5 times as long.
+    """
+    project = import_module("lunapi").proj()
+    project.silence(b=True)
+    recording = project.inst(path.stem)
+    recording.attach_edf(str(path))
+    picked = ",".join(name for name in recording.channels()["Channels"] if name.startswith(("EEG", "EOG")))
+    recording.eval(f"FILTER sig={picked} butterworth=4 bandpass=0.3,35")
+    recording.eval(f"RESAMPLE sr={SLEEP_HZ}")
+    recording.eval(f"WRITE edf-dir={output} edf-tag=luna")
+
+
 def _braindecode() -> tuple[ModuleType, ModuleType]:
     return import_module("braindecode.datasets"), import_module("braindecode.preprocessing")
 
@@ -115,6 +131,7 @@ def plain_eeg(path: Path, output: Path) -> None:
 
 PEERS: dict[str, Callable[[Path, Path], None]] = {
     "sleepfm": sleepfm,
+    "luna": luna,
     "labram": labram,
     "braindecode": braindecode_windows,
     "pyedflib+scipy psg": plain_psg,
@@ -127,10 +144,11 @@ def warm_up() -> None:
     data = np.random.default_rng(0).standard_normal((1, 4000))
     raw = mne.io.RawArray(data, mne.create_info(1, 250.0, "eeg", verbose="error"), verbose="error")
     raw.filter(1.0, 40.0, picks="all", verbose="error").resample(EEG_HZ, verbose="error")
-    if has_braindecode():
+    if is_at_hand("braindecode"):
         _braindecode()
 
 
-def has_braindecode() -> bool:
-    """Whether braindecode is installed; it is no part of kymo's own environment."""
-    return find_spec("braindecode") is not None
+def is_at_hand(way: str) -> bool:
+    """Whether the library of a peer is installed: braindecode and Luna are no part of kymo's own environment."""
+    module = {"braindecode": "braindecode", "luna": "lunapi"}.get(way)
+    return module is None or find_spec(module) is not None
