@@ -29,14 +29,13 @@ from trainer.collectives import rank
 from trainer.config import PretrainConfig
 from trainer.lock import hold
 from trainer.loop import pretrain
-from trainer.metrics import METRICS_FILE, describe, read_metrics
-from trainer.run_folder import LAUNCH_LOCK_FILE, PretrainResult, check_run, read_result
-from trainer.stopper import STOP_FILE
+from trainer.metrics import describe, read_metrics
+from trainer.paths import LAUNCH_LOCK_FILE, METRICS_FILE, STOP_FILE, WORKERS_FOLDER
+from trainer.run_folder import PretrainResult, check_run, read_result
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-WORKERS_FOLDER = "workers"
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 POLL_S = 0.5
 OBJECT_STORE_BYTES = 128 * 2**20  # no waveform crosses Ray

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import next_attempt
-from trainer.collectives import rank, world_size
+from trainer.collectives import explained_timeouts, rank, world_size
 from trainer.config import PretrainConfig
+from trainer.paths import CHECKPOINT_FOLDER
 from trainer.run import Report, Run
-from trainer.run_folder import CHECKPOINT_FOLDER, PretrainResult, check_run, open_run
+from trainer.run_folder import PretrainResult, check_run, open_run
 from trainer.stopper import Stopper
 from trainer.watchdog import Watchdog
 from trainer.zero import join_processes, learning_rate, set_learning_rate, train_step
@@ -43,7 +44,7 @@ def pretrain(
     join_processes(config.backend, timeout_s=config.collective_timeout_s)
     run_dir = Path(config.run_dir).absolute()
     streams = check_run(config)
-    with open_run(run_dir, config):
+    with explained_timeouts(config.collective_timeout_s), open_run(run_dir, config):
         attempt = next_attempt(run_dir / CHECKPOINT_FOLDER)
         hang_timeout_s = config.faults.hang_timeout_s
         with Watchdog(

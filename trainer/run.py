@@ -28,18 +28,12 @@ from trainer.data import Address, Order, Stream, load_streams, order_state, part
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
 from trainer.meter import Meter
-from trainer.metrics import MetricsWriter
+from trainer.metrics_writer import MetricsWriter
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
+from trainer.paths import CHECKPOINT_FOLDER, ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
 from trainer.read import SnapshotReader, Window
-from trainer.run_folder import (
-    CHECKPOINT_FOLDER,
-    ENCODER_FOLDER,
-    SKIPPED_FILE,
-    PretrainResult,
-    read_skipped,
-    write_skipped,
-)
+from trainer.run_folder import PretrainResult
 from trainer.watchdog import Watchdog
 from trainer.zero import initialise
 

@@ -1,15 +1,13 @@
 """The folder of a pretraining run: what lies where, who may write, what it says about the run."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from manifests.config import read_yaml, start_run, write_atomically
+from manifests.config import read_yaml, start_run
 from manifests.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint
 from trainer.collectives import rank, sum_over_ranks
@@ -17,12 +15,8 @@ from trainer.config import PretrainConfig, differing_keys
 from trainer.data import Stream, load_streams
 from trainer.lock import hold
 from trainer.metrics import read_metrics
+from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, ENCODER_FOLDER, LOCK_FILE
 
-CHECKPOINT_FOLDER = "checkpoints"
-ENCODER_FOLDER = "encoder"
-LOCK_FILE = "train.lock"  # of rank 0
-LAUNCH_LOCK_FILE = "launch.lock"  # of the driver under Ray
-SKIPPED_FILE = "skipped.jsonl"
 LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
 
 
@@ -54,7 +48,7 @@ def check_run(config: PretrainConfig) -> list[Stream]:
         ConfigError: `run_dir` holds a run with another configuration, or no sample passes the filter.
         ContractError: A snapshot breaks its contract.
     """
-    earlier = Path(config.run_dir) / "config.yaml"
+    earlier = Path(config.run_dir) / CONFIG_FILE
     if earlier.exists() and (keys := differing_keys(config, read_yaml(earlier))):
         raise ConfigError(
             f"{config.run_dir}: holds a run with another configuration ({'; '.join(keys)}); "
@@ -81,18 +75,6 @@ def read_result(config: PretrainConfig) -> PretrainResult:
         encoder=run_dir / ENCODER_FOLDER,
         evaluation=next((values for values in reversed(evaluations) if values), {}),
     )
-
-
-def read_skipped(run_dir: Path) -> list[dict[str, Any]]:
-    """Steps that were not taken (`step`, `loss`, `grad_norm`, `keys` of their batch); half a last row is left out."""
-    path = run_dir / SKIPPED_FILE
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def write_skipped(run_dir: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the list of steps that were not taken."""
-    write_atomically(run_dir / SKIPPED_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from trainer.config import EvaluationConfig, PretrainConfig
 from trainer.evaluate import retrieval_top1
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
+from trainer.paths import CHECKPOINT_FOLDER
 from trainer.run import held_out_windows
-from trainer.run_folder import CHECKPOINT_FOLDER
 
 
 def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str, float]:

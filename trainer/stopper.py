@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from trainer.collectives import rank, sum_over_ranks, world_size
+from trainer.paths import STOP_FILE
 
 logger = logging.getLogger(__name__)
 
-STOP_FILE = "STOP"  # made by anyone, stops the run after the current step as SIGTERM does
 NOTICE_EVERY_S = 5.0  # as often as Ray looks itself
 
 

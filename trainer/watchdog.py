@@ -16,10 +16,10 @@ from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.paths import HEARTBEAT_FILE, STACKS_FOLDER
+
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_FILE = "heartbeat.json"
-STACKS_FOLDER = "stacks"
 BEAT_S = 5.0
 HANG_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed
 _STANDSTILL = 4  # beats

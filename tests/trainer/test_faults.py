@@ -15,7 +15,7 @@ from trainer.fragments import held_fragments
 from trainer.loop import pretrain
 from trainer.metrics import read_metrics
 from trainer.objectives.leave_one_out import LeaveOneOut
-from trainer.run_folder import read_skipped
+from trainer.paths import read_skipped
 from trainer.watchdog import read_heartbeat
 
 MakeConfig = Callable[..., PretrainConfig]

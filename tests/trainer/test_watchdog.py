@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trainer.watchdog import HANG_EXIT_CODE, HEARTBEAT_FILE, Heartbeat, Watchdog, read_heartbeat
+from trainer.paths import HEARTBEAT_FILE
+from trainer.watchdog import HANG_EXIT_CODE, Heartbeat, Watchdog, read_heartbeat
 
 
 def watch(run_dir: Path, codes: list[int], **changes: Any) -> Watchdog:
@@ -28,17 +29,16 @@ def test_a_process_without_steps_ends_itself_and_says_where_it_hangs(tmp_path: P
     release, codes = threading.Event(), []
     hanging = threading.Thread(target=a_place_to_hang, args=(release,), daemon=True)
     hanging.start()
-    watchdog = watch(tmp_path, codes)
-    watchdog.start()
-    watchdog.mark("training", 7)
-    wait_until(lambda: codes)
+    with watch(tmp_path, codes) as watchdog:
+        watchdog.mark("training", 7)
+        wait_until(lambda: codes)
+        beat = read_heartbeat(tmp_path)
     release.set()
     assert codes == [HANG_EXIT_CODE]
     stacks = (tmp_path / "stacks" / "rank-0.txt").read_text()
     assert "rank 0 has been training for" in stacks
     assert "after step 7, faults.hang_timeout_s allows 0.2" in stacks
     assert "a_place_to_hang" in stacks
-    beat = read_heartbeat(tmp_path)
     assert beat is not None
     assert (beat.state, beat.step) == ("failed", 7)
     assert "stacks/rank-0.txt" in beat.message
@@ -46,28 +46,38 @@ def test_a_process_without_steps_ends_itself_and_says_where_it_hangs(tmp_path: P
 
 def test_as_long_as_steps_come_nothing_happens(tmp_path: Path) -> None:
     codes: list[int] = []
-    watchdog = watch(tmp_path, codes, hang_timeout_s=1.0)
-    watchdog.start()
-    for step in range(12):
-        watchdog.mark("training", step)
-        time.sleep(0.12)
-    beat = read_heartbeat(tmp_path)
+    with watch(tmp_path, codes, hang_timeout_s=1.0) as watchdog:
+        for step in range(12):
+            watchdog.mark("training", step)
+            time.sleep(0.12)
+        beat = read_heartbeat(tmp_path)
+        watchdog.mark("finished", 12)
     assert beat is not None
     assert beat.state == "training"
     assert beat.time - beat.since < 1.0
-    watchdog.end("finished")
     beat = read_heartbeat(tmp_path)
     assert beat is not None
-    assert (beat.state, beat.step, codes) == ("finished", 11, [])
+    assert (beat.state, beat.step, codes) == ("finished", 12, [])
     assert list((tmp_path / "stacks").iterdir()) == []
+
+
+def test_an_error_is_the_last_word(tmp_path: Path) -> None:
+    def fail() -> None:
+        with watch(tmp_path, []) as watchdog:
+            watchdog.mark("training", 3)
+            raise ValueError("why")
+
+    with pytest.raises(ValueError, match="why"):
+        fail()
+    beat = read_heartbeat(tmp_path)
+    assert beat is not None
+    assert (beat.state, beat.message, beat.step) == ("failed", "why", 3)
 
 
 def test_without_a_limit_it_waits_and_other_ranks_write_no_heartbeat(tmp_path: Path) -> None:
     codes: list[int] = []
-    watchdog = watch(tmp_path, codes, hang_timeout_s=None, rank=1)
-    watchdog.start()
-    time.sleep(0.3)
-    watchdog.end("finished")
+    with watch(tmp_path, codes, hang_timeout_s=None, rank=1):
+        time.sleep(0.3)
     assert codes == []
     assert read_heartbeat(tmp_path) is None
 
