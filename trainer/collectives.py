@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,3 +84,23 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+@contextmanager
+def explained_timeouts(timeout_s: float) -> Iterator[None]:
+    """Turns the error of a collective that waited too long into one that says what to do.
+
+    Gloo raises; NCCL's watchdog ends the process by itself, with a line in its log.
+
+    Raises:
+        TimeoutError: Another rank did not take part in a collective.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise TimeoutError(
+            f"rank {rank()} of {world_size()}: another rank did not answer for {timeout_s:g} s (collective_timeout_s): "
+            "it hangs or is far behind; look at its log, then run the same command again"
+        ) from error
