@@ -1,5 +1,7 @@
 """Verbs of the data engine: scan, plan, convert, status, verify, report, preview."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,21 +164,32 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
 
 def status(
-    folder: str = SnapshotDir,
-    watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until the conversion ends; Ctrl-C leaves it be."),
+    folder: str = typer.Argument(help="Output folder of kymo convert, or a run folder of kymo pretrain."),
+    watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until it ends; Ctrl-C leaves it be."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
+    as_json: bool = typer.Option(False, "--json", help="The whole state once, as JSON."),
 ) -> None:
-    """Show how far a conversion is: units done, running, stalled, failed or pending, hours per second, ETA.
+    """Show how far a conversion or a pretraining run is, how fast, whether it is well, and when it will be done.
 
-    Example: kymo status demo/shards/psg --watch
+    Example: kymo status demo/runs/sleep --watch
     """
     from engine import status as engine_status
-    from engine.storage import location
+    from engine.storage import is_remote, location
+    from trainer import status as run_status
 
-    if watch:
-        status_screen.watch(engine_status.watch(location(folder)))
+    place = location(folder)
+    is_run = not is_remote(place) and run_status.is_run(place)
+    if as_json:
+        state = run_status.run_status(place).to_json() if is_run else asdict(engine_status.status(place))
+        print(json.dumps(state, indent=1, default=str))
+    elif is_run and watch:
+        status_screen.watch_run(run_status.watch(place))
+    elif is_run:
+        console.print(status_screen.run_screen(run_status.run_status(place)), soft_wrap=True)
+    elif watch:
+        status_screen.watch(engine_status.watch(place))
     else:
-        status_screen.show(engine_status.status(location(folder)), limit=limit)
+        status_screen.show(engine_status.status(place), limit=limit)
 
 
 def verify(

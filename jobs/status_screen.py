@@ -1,7 +1,7 @@
-"""How `kymo status` looks: a headline, the units that need an eye, the quarantine by reason."""
+"""How `kymo status` looks: of a conversion, and of a pretraining run."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -15,8 +15,12 @@ from jobs.console import console, show_table
 
 if TYPE_CHECKING:
     from engine.status import Status, UnitRow
+    from trainer.status import RunStatus
 
 COLORS = {"done": "green", "running": "cyan", "stalled": "yellow", "failed": "red", "pending": "dim"}
+RUN_COLORS = {"stalled": "yellow", "restarting": "yellow", "died": "red", "failed": "red", "finished": "green"}
+_FLAT = 0.005  # a change of the loss, relative, that is none
+_SLOW_DATA = 0.05  # share of the time
 COLUMNS = ("unit", "state", "recordings", "quarantined", "hours", "windows", "reason")
 _ORDER = ("failed", "stalled", "running", "pending", "done")
 _HEAD_LINES = 12  # of a screen, that are no unit
@@ -120,6 +124,131 @@ def screen(state: "Status", *, height: int) -> Group:
     hidden = len(eye) - len(kept)
     more = [Text(f"… and {hidden} more", style="dim")] if hidden else []
     return Group(headline(state), grid, *([table] if kept else []), *more, Text(_quarantine(state)))
+
+
+def run_screen(state: "RunStatus") -> Group:
+    """Headline, bar, and a line for each thing that a person asks of a run."""
+    share = state.step / max(1, state.steps)
+    bar = Table.grid(expand=True, padding=(0, 1))
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    where = f"step {state.step:,} of {state.steps:,} ({share:.1%})"
+    eta = "" if state.eta_s is None else f", {time_text(state.eta_s)} left"
+    bar.add_row(ProgressBar(total=max(1, state.steps), completed=state.step), Text(where + eta))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, line in _run_lines(state):
+        grid.add_row(name, line)
+    return Group(run_headline(state), bar, grid)
+
+
+def run_headline(state: "RunStatus") -> Text:
+    """Folder, state and why, where and by how many."""
+    text = Text(f"{state.run_dir}: ")
+    text.append(state.state, style=RUN_COLORS.get(state.state, "cyan"))
+    beat = state.heartbeat
+    if beat is not None and state.state not in {"finished", "stopped"}:
+        workers = f"{beat.world_size} worker{'s' * (beat.world_size != 1)}"
+        start = f", start {beat.attempt}" if beat.attempt > 1 else ""
+        text.append(f", {workers} on {beat.host}{start}")
+    if state.reason:
+        text.append(f"\n{state.reason}")
+    if state.state in {"died", "failed", "stopped"}:
+        text.append(f"\ngo on with: {state.resume}")
+    return text
+
+
+def _run_lines(state: "RunStatus") -> list[tuple[str, Text]]:
+    row = state.row
+    lines = [
+        ("loss", _loss(state)),
+        ("speed", _speed(row)),
+        ("memory", _memory(row)),
+        ("goodput", _goodput(state)),
+        ("checkpoint", _checkpoint(state)),
+        ("held out", Text(", ".join(f"{name} {value:.3g}" for name, value in state.evaluation.items()))),
+        ("look at", _trouble(state)),
+    ]
+    return [(name, line) for name, line in lines if line.plain]
+
+
+def _loss(state: "RunStatus") -> Text:
+    row = state.row
+    if "loss" not in row:
+        return Text("no step was logged yet" if not row else "")
+    text = Text(f"{row['loss']:.4f}")
+    if state.trend is not None:
+        before, now = state.trend
+        change = (now - before) / max(abs(before), 1e-12)
+        word = "steady" if abs(change) < _FLAT else "falling" if change < 0 else "rising"
+        text.append(f", {word}: {before:.4f} → {now:.4f} over the last {state.trend_steps:,} steps")
+    for name, label in (("top1", "top-1"), ("alignment", "alignment"), ("uniformity", "uniformity")):
+        if name in row:
+            text.append(f", {label} {row[name]:.3f}")
+    if "grad_norm" in row:
+        text.append(f", |g| {row['grad_norm']:.2f}")
+    return text
+
+
+def _speed(row: Mapping[str, float]) -> Text:
+    if "windows_per_s" not in row:
+        return Text()
+    text = Text(f"{row['windows_per_s']:,.0f} windows/s")
+    if "hours_per_s" in row:
+        text.append(f", {row['hours_per_s']:,.3g} h/s")
+    if "data_wait" in row:
+        style = "yellow" if row["data_wait"] >= _SLOW_DATA else ""
+        text.append(", ").append(f"waits for data {row['data_wait']:.1%} of the time", style=style)
+    if "mfu" in row:
+        text.append(f", MFU {row['mfu']:.1%}")
+    return text
+
+
+def _memory(row: Mapping[str, float]) -> Text:
+    if "rss_bytes" not in row:
+        return Text()
+    device = f", {row['cuda_bytes'] / 1e9:.1f} GB of a GPU at most" if "cuda_bytes" in row else ""
+    return Text(f"{row['rss_bytes'] / 1e9:.2f} GB a worker{device}")
+
+
+def _goodput(state: "RunStatus") -> Text:
+    if "goodput" not in state.row or state.heartbeat is None:
+        return Text()
+    return Text(f"{state.row['goodput']:.1%} of {time_text(state.heartbeat.lived_s)} went into steps that count")
+
+
+def _checkpoint(state: "RunStatus") -> Text:
+    if state.checkpoint is None:
+        return Text("none yet")
+    return Text(f"{state.checkpoint}, {time_text(state.checkpoint_age_s)} old")
+
+
+def _trouble(state: "RunStatus") -> Text:
+    parts = []
+    if state.skipped:
+        parts.append(f"{state.skipped} step{'s' * (state.skipped != 1)} skipped (skipped.jsonl)")
+    if state.row.get("replaced"):
+        parts.append(f"{state.row['replaced']:.0f} samples could not be read (kymo verify)")
+    if state.spikes:
+        parts.append(f"{state.spikes} loss spike{'s' * (state.spikes != 1)}")
+    return Text(", ".join(parts), style="yellow")
+
+
+def watch_run(states: Iterable["RunStatus"]) -> None:
+    """Redraw each state in place; where no terminal looks on, print a line whenever a step was logged."""
+    if not console.is_terminal:
+        last = ""
+        for state in states:
+            block = f"{run_headline(state)}, step {state.step:,} of {state.steps:,}"
+            block += f", loss {state.row['loss']:.4f}" if "loss" in state.row else ""
+            if block != last:
+                console.print(escape(block), soft_wrap=True)
+                last = block
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        for state in states:
+            live.update(run_screen(state), refresh=True)
 
 
 def watch(states: Iterable["Status"]) -> None:

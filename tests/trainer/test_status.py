@@ -1,0 +1,139 @@
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manifests.errors import ConfigError
+from trainer.config import PretrainConfig
+from trainer.loop import pretrain
+from trainer.paths import HEARTBEAT_FILE, LAUNCH_LOCK_FILE
+from trainer.status import is_run, run_status, watch
+from trainer.watchdog import Heartbeat
+
+MakeConfig = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="module")
+def run_of_eight(tmp_path_factory: pytest.TempPathFactory, tiny_snapshot: Path) -> Path:
+    """A run that ended at its eighth and last step, made once."""
+    folder = tmp_path_factory.mktemp("status") / "run"
+    config = {
+        "run_dir": str(folder),
+        "snapshots": [{"path": str(tiny_snapshot)}],
+        "encoder": {"kind": "sleep", "width": 16, "depth": 1},
+        "objective": {"kind": "leave_one_out"},
+        "steps": 8,
+        "global_batch": 9,
+        "log_every": 1,
+        "save_every": 3,
+    }
+    pretrain(PretrainConfig.model_validate(config))
+    return folder
+
+
+@pytest.fixture
+def run(run_of_eight: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_of_eight, tmp_path / "run"))
+
+
+def beat(run: Path, **changes: Any) -> None:
+    """Heartbeat of this process, now, in training."""
+    now = time.time()
+    plain = {"state": "training", "step": 5, "since": now, "time": now, "lived_s": 9.0, "attempt": 2, "world_size": 3}
+    plain |= {"host": socket.gethostname(), "pid": os.getpid(), **changes}
+    (run / HEARTBEAT_FILE).write_text(Heartbeat.model_validate(plain).model_dump_json())
+
+
+def test_a_finished_run_tells_all_that_its_last_row_does(run: Path) -> None:
+    state = run_status(run)
+    assert (state.state, state.step, state.steps, state.reason) == ("finished", 8, 8, "")
+    assert state.checkpoint is not None
+    assert state.checkpoint.startswith("step-000000008-")
+    assert state.checkpoint_age_s is not None
+    assert 0 <= state.checkpoint_age_s < 600
+    assert state.evaluation["n"] == 16
+    assert state.trend is not None
+    assert state.trend_steps == 7
+    assert state.eta_s is None
+    assert {"loss", "windows_per_s", "hours_per_s", "data_wait", "rss_bytes", "goodput"} <= state.row.keys()
+    assert json.loads(json.dumps(state.to_json()))["heartbeat"]["world_size"] == 1
+    assert [item.state for item in watch(run)] == ["finished"]
+
+
+def test_while_it_lives_its_own_word_counts_and_what_is_left_is_told(run: Path) -> None:
+    beat(run)
+    state = run_status(run)
+    assert (state.state, state.eta_s) == ("training", 0.0)
+    beat(run, state="saving", since=time.time() - 500)
+    assert run_status(run).state == "saving"
+
+
+def test_a_process_without_steps_is_stalled(run: Path) -> None:
+    beat(run, since=time.time() - 70)
+    state = run_status(run)
+    assert state.state == "stalled"
+    assert "no step for 70 s" in state.reason
+
+
+def test_a_process_that_is_gone_has_died_and_that_of_another_machine_when_it_is_silent(run: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    beat(run, pid=gone.pid)
+    assert run_status(run).state == "died"
+    beat(run, pid=gone.pid, host="elsewhere")
+    assert run_status(run).state == "training"
+    beat(run, host="elsewhere", time=time.time() - 90)
+    state = run_status(run)
+    assert state.state == "died"
+    assert "on elsewhere was last heard of at step 5, 90 s ago" in state.reason
+
+
+def test_a_driver_that_lives_will_start_dead_workers_again(run: Path) -> None:
+    beat(run, time=time.time() - 90)
+    with (run / LAUNCH_LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_status(run).state == "restarting"
+        beat(run, state="failed", message="why")
+        assert run_status(run).state == "restarting"
+    state = run_status(run)
+    assert (state.state, state.reason) == ("failed", "why")
+
+
+def test_more_steps_than_it_was_finished_with_make_it_a_stopped_run(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("steps: 8", "steps: 20"))
+    state = run_status(run)
+    assert (state.state, state.steps) == ("stopped", 20)
+    assert state.resume == f"kymo pretrain {path}"
+
+
+def test_a_run_without_a_heartbeat_of_an_earlier_kymo(run: Path) -> None:
+    (run / HEARTBEAT_FILE).unlink()
+    assert run_status(run).state == "finished"
+
+
+def test_skipped_and_replaced_samples_and_spikes_are_counted(run: Path) -> None:
+    rows = [{"step": step, "loss": "nan", "grad_norm": "nan", "keys": ["a"]} for step in (2, 5, 9)]
+    (run / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = run / "metrics.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1]) | {"loss_spike": 9.0, "replaced": 4.0}
+    path.write_text(path.read_text() + json.dumps(last) + "\n")
+    state = run_status(run)
+    assert (state.skipped, state.spikes, state.row["replaced"]) == (2, 1, 4.0)
+
+
+def test_only_a_run_folder_is_one(tmp_path: Path) -> None:
+    assert not is_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("output: x\n")
+    assert not is_run(tmp_path)
+    with pytest.raises(ConfigError, match="holds no pretraining run"):
+        run_status(tmp_path)

@@ -1,0 +1,177 @@
+"""How a pretraining run is, read from its folder while it trains or after it ended. Loads without torch."""
+
+import fcntl
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from manifests.config import read_yaml
+from manifests.errors import ConfigError
+from trainer.metrics import read_metrics
+from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped
+from trainer.watchdog import BEAT_S, ENDED, Heartbeat, read_heartbeat
+
+STATES = (
+    *("starting", "training", "evaluating", "saving", "stalled", "restarting"),
+    *("died", "failed", "stopped", "finished"),
+)
+_SILENT_S = 12 * BEAT_S  # a process that beats every 5 s is not just busy
+_STALL_FACTOR, _STALL_S = 20.0, 60.0  # times a usual step, and at least so long
+_TREND_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """State of a run folder.
+
+    Attributes:
+        run_dir: The folder.
+        state: One of `STATES`. Stalled: it lives and makes no steps. Restarting: its workers are gone and the driver
+            is there. Died: nobody is there, and nobody said why.
+        reason: Why it failed, stalled or died.
+        step: Optimizer steps done.
+        steps: Steps of the whole run.
+        row: Newest row of metrics.jsonl (trainer/metrics_writer.py), empty before the first.
+        trend: Median loss of the rows before the last, and of the last rows; None before there are enough.
+        trend_steps: Steps that the trend reaches over.
+        eta_s: Seconds to the last step while it trains, else None.
+        checkpoint: Name of the newest committed checkpoint.
+        checkpoint_age_s: Seconds since it was committed.
+        skipped: Steps that were not taken.
+        spikes: Rows with a loss spike.
+        evaluation: Newest held-out retrieval, without the prefix of its names.
+        heartbeat: Last word of rank 0, None for a run that an earlier kymo made.
+        resume: The command that goes on.
+    """
+
+    run_dir: str
+    state: str
+    reason: str
+    step: int
+    steps: int
+    row: Mapping[str, float]
+    trend: tuple[float, float] | None
+    trend_steps: int
+    eta_s: float | None
+    checkpoint: str | None
+    checkpoint_age_s: float | None
+    skipped: int
+    spikes: int
+    evaluation: Mapping[str, float]
+    heartbeat: Heartbeat | None
+    resume: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return plain | {"heartbeat": None if self.heartbeat is None else self.heartbeat.model_dump()}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a pretraining run."""
+    path = folder / CONFIG_FILE
+    return path.is_file() and {"objective", "run_dir"} <= read_yaml(path).keys()
+
+
+def run_status(run_dir: Path) -> RunStatus:
+    """State of a run.
+
+    Raises:
+        ConfigError: The folder holds no pretraining run.
+    """
+    if not is_run(run_dir):
+        raise ConfigError(f"{run_dir}: holds no pretraining run; give the run_dir of one")
+    steps = int(read_yaml(run_dir / CONFIG_FILE)["steps"])
+    rows, beat, now = read_metrics(run_dir), read_heartbeat(run_dir), time.time()
+    row = rows[-1] if rows else {}
+    step = max(int(row.get("step", 0)), 0 if beat is None else beat.step)
+    state, reason = _state(run_dir, beat, rows, steps=steps, now=now)
+    checkpoint = _newest_checkpoint(run_dir)
+    evaluations = [{k[5:]: v for k, v in r.items() if k.startswith("eval_")} for r in rows]
+    recent = rows[-_TREND_ROWS:]
+    is_moving = state in {"training", "evaluating", "saving"}
+    return RunStatus(
+        run_dir=str(run_dir),
+        state=state,
+        reason=reason,
+        step=step,
+        steps=steps,
+        row=row,
+        trend=_trend(recent),
+        trend_steps=int(recent[-1]["step"] - recent[0]["step"]) if recent else 0,
+        eta_s=max(0.0, row["eta_s"] - (now - row["time"])) if is_moving and "eta_s" in row else None,
+        checkpoint=None if checkpoint is None else checkpoint.name,
+        checkpoint_age_s=None if checkpoint is None else max(0.0, now - checkpoint.stat().st_mtime),
+        skipped=len([item for item in read_skipped(run_dir) if item["step"] <= step]),
+        spikes=sum("loss_spike" in r for r in rows),
+        evaluation=next((values for values in reversed(evaluations) if values), {}),
+        heartbeat=beat,
+        resume=f"kymo pretrain {run_dir / CONFIG_FILE}",
+    )
+
+
+def watch(run_dir: Path, *, interval_s: float = 1.0) -> Iterator[RunStatus]:
+    """States of a run until it ends."""
+    while True:
+        began = time.monotonic()
+        state = run_status(run_dir)
+        yield state
+        if state.state in ENDED or state.state == "died":
+            return
+        time.sleep(max(interval_s, 10 * (time.monotonic() - began)))  # a long run has many rows to read
+
+
+def _state(
+    run_dir: Path, beat: Heartbeat | None, rows: Sequence[Mapping[str, float]], *, steps: int, now: float
+) -> tuple[str, str]:
+    is_driven = _is_held(run_dir / LAUNCH_LOCK_FILE)
+    if beat is None:
+        is_done = bool(rows) and rows[-1]["step"] >= steps
+        return ("starting" if is_driven else "finished" if is_done else "stopped"), ""
+    if beat.state in ENDED:
+        if beat.state == "finished" and beat.step < steps:
+            return "stopped", f"it was finished at step {beat.step}, and steps has been raised since"
+        return ("restarting" if is_driven and beat.state == "failed" else beat.state), beat.message
+    silent_s = now - beat.time
+    if silent_s > _SILENT_S or (beat.host == socket.gethostname() and not psutil.pid_exists(beat.pid)):
+        reason = f"process {beat.pid} on {beat.host} was last heard of at step {beat.step}, {silent_s:.0f} s ago"
+        return ("restarting" if is_driven else "died"), reason
+    usual_s = statistics.median(_seconds_per_step(rows[-_TREND_ROWS:])) if len(rows) > 2 else 0.0
+    busy_s = now - beat.since
+    if beat.state == "training" and busy_s > max(_STALL_S, _STALL_FACTOR * usual_s):
+        return "stalled", f"no step for {busy_s:.0f} s, {usual_s:.2g} s are usual"
+    return beat.state, ""
+
+
+def _seconds_per_step(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    return [(b["time"] - a["time"]) / max(1, b["step"] - a["step"]) for a, b in pairwise(rows)] or [0.0]
+
+
+def _trend(rows: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
+    losses = [row["loss"] for row in rows if "loss" in row]
+    half = len(losses) // 2
+    return (statistics.median(losses[:half]), statistics.median(losses[half:])) if half >= 2 else None
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """Committed ones are named `step-…`; an unfinished one has another name."""
+    return max((run_dir / CHECKPOINT_FOLDER).glob("step-*"), key=lambda path: path.name, default=None)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether another process on this machine holds a lock file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
