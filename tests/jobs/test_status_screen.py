@@ -126,11 +126,8 @@ def test_a_run_that_is_well_is_told_in_a_few_lines() -> None:
 def test_what_is_wrong_with_a_run_is_told_with_the_remedy() -> None:
     row = {"step": 50, "loss": 1.25, "replaced": 2.0, "mfu": 0.41, "windows_per_s": 9.0, "cuda_bytes": 2e10}
     row["rss_bytes"] = 1e9
-    text = drawn(
-        run_screen(
-            run_state(row=row, state="died", reason="process 1", skipped=3, spikes=1, trend=(1.0, 1.2), checkpoint=None)
-        )
-    )
+    wrong = run_state(row=row, state="died", reason="process 1", skipped=3, spikes=1, trend=(1.0, 1.2), checkpoint=None)
+    text = drawn(run_screen(wrong), width=140)
     for part in (
         "runs/[x]: died",
         "process 1",
@@ -139,7 +136,7 @@ def test_what_is_wrong_with_a_run_is_told_with_the_remedy() -> None:
         "MFU 41.0%",
         "20.0 GB of a GPU at most",
         "none yet",
-        "3 steps skipped (skipped.jsonl), 2 samples could not be read (kymo verify), 1 loss spikes",
+        "3 steps skipped (skipped.jsonl), 2 samples could not be read (kymo verify), 1 loss spike",
     ):
         assert part in text
     assert "steady" in drawn(run_screen(run_state(trend=(1.0, 1.001))))
