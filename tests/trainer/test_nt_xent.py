@@ -8,7 +8,7 @@ from trainer.augment import AugmentConfig
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
 from trainer.models.univariate import UnivariateEncoder, UnivariateEncoderConfig
 from trainer.objectives.build import build_objective
-from trainer.objectives.nt_xent import NtXentConfig, nt_xent_loss
+from trainer.objectives.nt_xent import NtXentConfig, nt_xent_loss, resampled
 from trainer.read import Window
 
 SYMBOLS = ("eeg:C3-M2", "eeg:C4-M1", "eeg:O1-M2", "ecg:II")
@@ -239,6 +239,34 @@ def test_rates_are_grouped_in_declared_order_and_an_absent_rate_still_runs():
         torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("rates", [(128, 200), (200, 128), (64, 512), (128, 128)])
+def test_resampling_keeps_a_wave_and_a_trend(rates):
+    before, after = (torch.arange(4 * rate, dtype=torch.float64) / rate for rate in rates)
+    wave, expected = (torch.sin(2 * torch.pi * 7 * t) + 3 * t + 1 for t in (before, after))
+    got = resampled(wave[None, None], len(after))[0, 0]
+    inner = slice(len(after) // 8, -len(after) // 8)  # a window's ends have no neighbours
+    torch.testing.assert_close(got[inner], expected[inner], rtol=0, atol=0.05)
+
+
+def test_mixed_rates_give_the_second_view_another_rate_and_the_first_its_own():
+    windows = [make_window(n, rate=64 if n % 2 else 128) for n in range(5)]
+    objective = make_objective(rates_hz=(64.0, 128.0), mix_rates=True)
+    batch = objective.collate(windows, seed=0)
+    seen = []
+    objective.encoder.register_forward_pre_hook(lambda _, args: seen.append((args[0].rate_hz, args[0].signal_BCT)))
+    _, features = objective._encode(batch)
+    assert [(rate, tuple(signal.shape)) for rate, signal in seen] == [
+        (64.0, (2, 1, 256)),
+        (128.0, (2, 1, 512)),
+        (128.0, (3, 1, 512)),
+        (64.0, (3, 1, 256)),
+    ]
+    assert torch.equal(seen[0][1], batch.groups[0].signal_BCT[:2])
+    plain = make_objective(rates_hz=(64.0, 128.0))._encode(batch)[1]
+    torch.testing.assert_close(features[:, 0], plain[:, 0], rtol=0, atol=1e-10)
+    assert not torch.allclose(features[:, 1], plain[:, 1])
+
+
 def test_a_batch_without_any_crop_gives_zero_loss_and_zero_gradients():
     objective = make_objective(kinds=("emg",))
     loss, metrics = objective(objective.collate([make_window(0)], seed=0))
@@ -266,6 +294,8 @@ def test_wrong_configs_say_what_to_do():
         build_objective(SleepEncoder(SleepEncoderConfig(width=16)), NtXentConfig())
     with pytest.raises(ConfigError, match="sort it"):
         make_objective(rates_hz=(128.0, 64.0))
+    with pytest.raises(ConfigError, match=r"mix_rates: rates_hz is \[64.0\], two rates or more"):
+        make_objective(mix_rates=True)
     with pytest.raises(ConfigError, match=r"w0 has a channel at 128 Hz, listed are 64; add the rate"):
         make_objective().collate([make_window(0, rate=128)], seed=0)
     with pytest.raises(ConfigError, match=r"9 s, but w0 has 8 s"):

@@ -1,8 +1,14 @@
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
+from trainer.augment import AugmentConfig, augment
 from trainer.batches import ChannelBatch
 from trainer.models.univariate import UnivariateEncoder, UnivariateEncoderConfig
+from trainer.objectives.build import build_objective
+from trainer.objectives.crops import NtXentBatch
+from trainer.objectives.nt_xent import NtXentConfig
 
 TINY = UnivariateEncoderConfig(width=16, depth=1, conv_channels=(4, 8, 8))
 
@@ -106,3 +112,91 @@ def test_no_channel_gives_zeros_and_no_gradient():
 def test_train_equals_eval_without_dropout():
     encoder, batch = make_encoder(), make_batch(2, 2)
     assert torch.equal(encoder.train()(batch).pooled_BD, encoder.eval()(batch).pooled_BD)
+
+
+def test_blocks_computed_again_give_the_same_gradient():
+    gradients = []
+    for is_checkpointed in (False, True):
+        encoder = make_encoder(checkpoint_blocks=is_checkpointed, depth=2)
+        encoder(make_batch(2, 2)).pooled_BD.square().sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+
+
+def waves(num, rate, seed, *, high_hz=40.0, seconds=4):
+    """The same `num` band-limited signals at any rate: twelve sines between 1 and `high_hz`, unit variance."""
+    draw = np.random.default_rng(seed)
+    hz, phase = draw.uniform(1, high_hz, (num, 12, 1)), draw.uniform(0, 2 * np.pi, (num, 12, 1))
+    strength = draw.uniform(0.2, 1, (num, 12, 1)) / np.sqrt(hz)
+    signal = (strength * np.sin(2 * np.pi * hz * np.arange(rate * seconds) / rate + phase)).sum(axis=1)
+    return (signal / signal.std(axis=1, keepdims=True)).astype(np.float32)
+
+
+def as_batch(signal_NT, rate):
+    ids = torch.zeros(len(signal_NT), 1, dtype=torch.int64)
+    return ChannelBatch(
+        signal_BCT=torch.from_numpy(signal_NT)[:, None],
+        mask_BC=torch.ones_like(ids, dtype=torch.bool),
+        anode_BC=ids,
+        cathode_BC=ids,
+        kind_BC=ids,
+        rate_hz=float(rate),
+    )
+
+
+@torch.no_grad()
+def rate_agreement(encoder, first_hz, second_hz):
+    """Cosine of one signal's embeddings at two rates, of two signals' embeddings, and of one signal's after the
+    mean over signals is taken away, which no constant output can raise."""
+    first, second = (encoder.eval()(as_batch(waves(100, rate, 9), rate)).pooled_BD for rate in (first_hz, second_hz))
+    mean = (first.mean(dim=0) + second.mean(dim=0)) / 2
+    return [
+        float(cosine_similarity(*pair, dim=-1).mean())
+        for pair in ((first, second), (first, second.roll(1, 0)), (first - mean, second - mean))
+    ]
+
+
+def train_at_two_rates(*, steps, num=32, mix_rates=True, seed=0, **options):
+    """Encoder after NT-Xent on crops that are half at 128 and half at 200 Hz."""
+    torch.manual_seed(seed)
+    encoder = UnivariateEncoder(UnivariateEncoderConfig(width=32, depth=1, **options))
+    objective = build_objective(encoder, NtXentConfig(rates_hz=(128, 200), mix_rates=mix_rates))
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    ids = {"channel_N": torch.zeros(num), "recording_N": torch.arange(num), "start_ms_N": torch.zeros(num)}
+    for step in range(steps):
+        groups = []
+        for rate in (128, 200):
+            signal = waves(num // 2, rate, 1000 + 2 * step + (rate == 200))
+            draws = [np.random.default_rng([step, rate, n]) for n in range(num)]
+            views = [augment(row, rng, AugmentConfig()) for row, rng in zip([*signal, *signal], draws, strict=True)]
+            groups.append(as_batch(np.stack(views), rate))
+        keeps = (torch.zeros(num, 1),) * 2
+        batch = NtXentBatch(groups=tuple(groups), keeps=keeps, counts=(num // 2,) * 2, **ids)
+        loss, _ = objective(batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return encoder
+
+
+@pytest.mark.slow
+def test_one_signal_at_128_and_200_hz_gives_one_embedding_after_training():
+    same, other, centred = rate_agreement(train_at_two_rates(steps=80, kernel_rate_hz=128), 128, 200)
+    assert same > 0.95
+    assert other < 0.8
+    assert centred > 0.9
+
+
+def test_kernels_in_time_bring_rates_together_before_any_training():
+    torch.manual_seed(0)
+    in_samples = rate_agreement(UnivariateEncoder(UnivariateEncoderConfig()), 128, 256)[2]
+    torch.manual_seed(0)
+    in_time = rate_agreement(UnivariateEncoder(UnivariateEncoderConfig(kernel_rate_hz=128)), 128, 256)[2]
+    assert in_time > in_samples + 0.2
+
+
+def test_kernels_in_time_are_the_plain_ones_at_their_own_rate():
+    batch = make_batch(2, 2, rate=64)
+    timed, plain = make_encoder(kernel_rate_hz=64.0), make_encoder()
+    torch.testing.assert_close(timed(batch).pooled_BD, plain(batch).pooled_BD, rtol=0, atol=0)

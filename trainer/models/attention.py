@@ -57,14 +57,20 @@ class Block(nn.Module):
         return tokens_BLD + self.dropout(self.fc2(gelu(self.fc1(self.norm2(tokens_BLD)))))
 
 
-def run_blocks(blocks: Iterable[nn.Module], tokens_BLD: torch.Tensor, *, is_checkpointed: bool) -> torch.Tensor:
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    tokens_BLD: torch.Tensor,
+    mask_BL: torch.Tensor | None = None,
+    *,
+    is_checkpointed: bool,
+) -> torch.Tensor:
     """Tokens after all blocks. `is_checkpointed` keeps their inputs only and computes the rest again in backward."""
     for block in blocks:
         if is_checkpointed and torch.is_grad_enabled():
             # Dropout draws again what it drew: the state of the generators is kept too.
-            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False)
+            tokens_BLD = checkpoint(block, tokens_BLD, mask_BL, use_reentrant=False)
         else:
-            tokens_BLD = block(tokens_BLD)
+            tokens_BLD = block(tokens_BLD, mask_BL)
     return tokens_BLD
 
 

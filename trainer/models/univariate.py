@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from trainer.batches import ChannelBatch, Encoded
-from trainer.models.attention import Block, masked_mean
+from trainer.models.attention import Block, masked_mean, run_blocks
 from trainer.models.position import PositionCode
 from trainer.models.sleep import with_one_real
 from trainer.models.tokenizers import ArtTokenizer
@@ -21,6 +21,9 @@ class UnivariateEncoderConfig(BaseModel):
 
     For real runs: width 200, depth 4-6, 8 heads, conv_channels 32/64/128. `channel_code` and `rate_code` build the
     embeddings of channel and rate; what pretraining does with them is the objective's `id_leak_guard`.
+    `kernel_rate_hz` makes the convolutions' kernels functions of time, written down at that rate, so that one signal
+    gives about one embedding at any rate; null keeps the same taps at every rate. `checkpoint_blocks` computes the
+    blocks again in the backward pass instead of keeping what they need.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,10 +37,12 @@ class UnivariateEncoderConfig(BaseModel):
     conv_channels: tuple[int, ...] = (16, 32, 64)
     conv_kernels: tuple[int, ...] = (15, 7, 5)
     conv_strides: tuple[int, ...] = (2, 2, 1)
+    kernel_rate_hz: float | None = Field(default=None, gt=0)
     channel_code: bool = False
     rate_code: bool = False
     num_frequencies: int = Field(default=6, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    checkpoint_blocks: bool = False
 
 
 class RateCode(nn.Module):
@@ -72,6 +77,7 @@ class UnivariateEncoder(nn.Module):
             channels=config.conv_channels,
             kernels=config.conv_kernels,
             strides=config.conv_strides,
+            kernel_rate_hz=config.kernel_rate_hz,
         )
         self.token_code = nn.Embedding(config.num_tokens, config.width)
         nn.init.normal_(self.token_code.weight, std=0.1)
@@ -97,8 +103,13 @@ class UnivariateEncoder(nn.Module):
             code_keep_BC: Factor on the channel and rate codes; None keeps them. Zeros hide the identity of a channel
                 while every module still runs, as ZeRO-3 needs.
         """
+        tokens_BPD = masked_mean(self.channel_tokens(batch, code_keep_BC=code_keep_BC), batch.mask_BC)
+        return Encoded(tokens_BPD.mean(dim=1), tokens_BPD)
+
+    def channel_tokens(self, batch: ChannelBatch, *, code_keep_BC: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, C, num_tokens, D) of every channel by itself, zeros where the mask is False."""
         real_BC = with_one_real(batch.mask_BC)
-        tokens_NPD = self.temporal_encoder(batch.signal_BCT[real_BC])
+        tokens_NPD = self.temporal_encoder(batch.signal_BCT[real_BC], batch.rate_hz)
         tokens_NPD = tokens_NPD + self.token_code(torch.arange(tokens_NPD.shape[1], device=tokens_NPD.device))
         keep_N1 = None if code_keep_BC is None else code_keep_BC[real_BC][:, None].to(tokens_NPD.dtype)
         if self.position is not None:
@@ -107,10 +118,9 @@ class UnivariateEncoder(nn.Module):
         if self.rate is not None:
             code_1D = self.rate(batch.rate_hz)[None, :]
             tokens_NPD = tokens_NPD + (code_1D if keep_N1 is None else code_1D * keep_N1)[:, None, :]
-        for block in self.blocks:
-            tokens_NPD = block(tokens_NPD)
-        tokens_NPD = self.norm(tokens_NPD)
+        is_checkpointed = self.config.checkpoint_blocks and self.training
+        tokens_NPD = self.norm(run_blocks(self.blocks, tokens_NPD, is_checkpointed=is_checkpointed))
         tokens_BCPD = tokens_NPD.new_zeros(*real_BC.shape, *tokens_NPD.shape[1:])
         tokens_BCPD[real_BC] = tokens_NPD
-        tokens_BPD = masked_mean(tokens_BCPD, batch.mask_BC)
-        return Encoded(tokens_BPD.mean(dim=1), tokens_BPD)
+        # A window without channels had one made up for it: no gradient, no trace.
+        return torch.where(batch.mask_BC[..., None, None], tokens_BCPD, torch.zeros_like(tokens_BCPD))

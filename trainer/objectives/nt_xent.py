@@ -9,6 +9,7 @@ same stretch of recording are not negatives: pairs of one recording nearer than 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.functional import gelu, normalize
 
 from manifests.errors import ConfigError
+from trainer.batches import ChannelBatch
 from trainer.collectives import all_gather_rows, all_gather_with_grad, gather_sizes, rank, sum_over_ranks, world_size
 from trainer.models.build import Encoder
 from trainer.models.univariate import UnivariateEncoder
@@ -25,12 +27,17 @@ from trainer.read import Window
 
 
 class NtXentConfig(CropConfig):
-    """What is drawn from a window, and which pairs are no negatives: those of one recording nearer than `near_s`."""
+    """What is drawn from a window, and which pairs are no negatives: those of one recording nearer than `near_s`.
+
+    `mix_rates` resamples the second view of every crop to the next of `rates_hz`. Without it a crop of another rate is
+    a negative that its rate alone tells apart, and the encoder learns to tell rates instead of to see past them.
+    """
 
     kind: Literal["nt_xent"] = "nt_xent"
     temperature: float = Field(default=0.1, gt=0)
     projection: int = Field(default=64, ge=2)
     near_s: float = Field(default=60.0, ge=0)
+    mix_rates: bool = False
 
 
 class NtXent(nn.Module):
@@ -47,6 +54,11 @@ class NtXent(nn.Module):
             )
         if list(config.rates_hz) != sorted(set(config.rates_hz)):
             raise ConfigError(f"objective.rates_hz: {list(config.rates_hz)} is not sorted without repeats; sort it")
+        if config.mix_rates and len(config.rates_hz) < 2:
+            raise ConfigError(
+                f"objective.mix_rates: rates_hz is {list(config.rates_hz)}, two rates or more are needed; add one, it need "
+                "not occur in the data"
+            )
         self.encoder = encoder
         self.config = config
         self.fc1 = nn.Linear(encoder.width, encoder.width)
@@ -92,12 +104,42 @@ class NtXent(nn.Module):
     def _encode(self, batch: NtXentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors and features (N, 2, D). Every rate runs on every rank: ZeRO-3 needs one module sequence."""
         features = []
-        for group, keep_BC, count in zip(batch.groups, batch.keeps, batch.counts, strict=True):
-            pooled_BD = self.encoder(group, code_keep_BC=keep_BC).pooled_BD
+        for number, (group, keep_BC, count) in enumerate(zip(batch.groups, batch.keeps, batch.counts, strict=True)):
+            if self.config.mix_rates:
+                other_hz = self.config.rates_hz[(number + 1) % len(self.config.rates_hz)]
+                views = zip(_views(group, other_hz), keep_BC.chunk(NUM_VIEWS), strict=True)
+                pooled_BD = torch.cat([self.encoder(view, code_keep_BC=keep).pooled_BD for view, keep in views])
+            else:
+                pooled_BD = self.encoder(group, code_keep_BC=keep_BC).pooled_BD
             features.append(pooled_BD.unflatten(0, (NUM_VIEWS, -1))[:, :count].transpose(0, 1))
         feature_NVD = torch.cat(features)
         projected = self.fc2(gelu(self.fc1(feature_NVD)))
         return normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1), feature_NVD
+
+
+def _views(group: ChannelBatch, other_hz: float) -> tuple[ChannelBatch, ChannelBatch]:
+    """The first views as they are and the second ones at another rate."""
+    columns = ("signal_BCT", "mask_BC", "anode_BC", "cathode_BC", "kind_BC")
+    first, second = (
+        replace(group, **{name: getattr(group, name).chunk(NUM_VIEWS)[view] for name in columns})
+        for view in range(NUM_VIEWS)
+    )
+    length = round(second.signal_BCT.shape[-1] * other_hz / group.rate_hz)
+    return first, replace(second, signal_BCT=resampled(second.signal_BCT, length), rate_hz=other_hz)
+
+
+def resampled(signal_BCT: torch.Tensor, length: int) -> torch.Tensor:
+    """The same stretch of time in `length` samples; what the lower of the two rates cannot hold is left out.
+
+    By way of the Fourier transform, after a straight line through first and last sample is taken away: without that
+    the jump from the end back to the start would ring.
+    """
+    old = signal_BCT.shape[-1]
+    first, last = signal_BCT[..., :1], signal_BCT[..., -1:]
+    at = torch.arange(old, device=signal_BCT.device) / (old - 1)
+    at_new = torch.arange(length, device=signal_BCT.device) * (old / length) / (old - 1)
+    spectrum = torch.fft.rfft(signal_BCT - (first + (last - first) * at))
+    return torch.fft.irfft(spectrum, n=length) * (length / old) + first + (last - first) * at_new
 
 
 def nt_xent_loss(
