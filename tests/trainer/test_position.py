@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from manifests.channels import KINDS, ChannelTag, resolve
-from trainer.models.position import PositionCode, fourier_features, time_code
+from manifests.errors import ConfigError
+from trainer.models.position import LegacyPositionCode, PositionCode, fourier_features, legacy_features, time_code
 
 # fmt: off
 SITES = [
@@ -97,3 +98,48 @@ def test_time_code_tells_every_token_of_a_night_apart():
     tokens = time_code(2000, 64, like=torch.zeros(1))
     distance = torch.cdist(tokens, tokens) + 10 * torch.eye(2000)
     assert distance.min() > 0.05
+
+
+@pytest.fixture(scope="module")
+def legacy():
+    torch.manual_seed(0)
+    return LegacyPositionCode(128).eval()
+
+
+def test_the_published_code_cannot_tell_left_from_right(legacy):
+    """Its defect, kept for comparison: `legacy_features` of mirrored places are equal; ours differ."""
+    left = torch.rand(20, 3, dtype=torch.float64) - 0.5
+    right = left * torch.tensor([-1.0, 1.0, 1.0])
+    torch.testing.assert_close(legacy_features(left, width=128), legacy_features(right, width=128), rtol=0, atol=1e-12)
+    ours = [fourier_features(places.numpy(), num_frequencies=6) for places in (left, right)]
+    assert np.abs(ours[0] - ours[1]).max() > 0.5
+    for one, other in (("C3", "C4"), ("F3", "F4"), ("O1", "O2")):
+        # Not quite 1: our coordinates, measured on a template head, are not quite symmetric.
+        assert cosine(code_of(legacy, f"eeg:{one}"), code_of(legacy, f"eeg:{other}")) > 0.9
+    moved = left + torch.tensor([0.0, 0.2, 0.0])
+    assert (legacy_features(left, width=128) - legacy_features(moved, width=128)).abs().max() > 0.1
+
+
+def test_the_published_code_cannot_tell_polarity_and_knows_no_other_channels(legacy):
+    assert torch.equal(code_of(legacy, "eeg:C3-M2"), code_of(legacy, "eeg:M2-C3"))
+    assert not torch.equal(code_of(legacy, "eeg:C3-M2"), code_of(legacy, "eeg:C3"))
+    for other in ("ecg:II", "resp:thorax", "emg:chin"):
+        assert not code_of(legacy, other).any()
+
+
+def test_the_published_code_by_its_equation():
+    """phi = 2 pi ((x + m) fx + (y + m) fy + (z + m) fz) / (1 + 2 m), m = 0.4, cut to the first width / 2, z fastest."""
+    xyz = np.array([0.1, -0.3, 0.7])
+    phases = [
+        2 * np.pi * ((xyz + 0.4) @ np.array([fx, fy, fz])) / 1.8
+        for fx in range(8)
+        for fy in range(8)
+        for fz in range(8)
+    ]
+    expected = np.concatenate([np.cos(phases[:64]), np.sin(phases[:64])])
+    np.testing.assert_allclose(legacy_features(torch.from_numpy(xyz), width=128).numpy(), expected, atol=1e-12)
+
+
+def test_the_published_code_refuses_a_width_that_it_has_no_phases_for():
+    with pytest.raises(ConfigError, match="1026"):
+        LegacyPositionCode(1026)

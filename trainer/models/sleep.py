@@ -87,7 +87,7 @@ class SleepEncoder(nn.Module):
 
     def forward(self, batch: ChannelBatch) -> Encoded:
         """Pooled (B, D) and one token per patch (B, P, D). A window without channels gives finite numbers."""
-        num_patches = count_patches(batch, patch_s=self.config.patch_s)
+        num_patches = count_patches(batch.signal_BCT.shape[2], rate_hz=batch.rate_hz, patch_s=self.config.patch_s)
         mask_BC = batch.mask_BC
         num_windows, num_channels = mask_BC.shape
         # Only real channels are tokenized: padding costs nothing and cannot enter.
@@ -127,9 +127,9 @@ def _pool(config: SleepEncoderConfig) -> nn.Module:
     return AttentionPool(config.width, num_heads=config.num_heads)
 
 
-def count_patches(batch: ChannelBatch, *, patch_s: float) -> int:
+def count_patches(num_samples: int, *, rate_hz: float, patch_s: float) -> int:
     """Number of patches of `patch_s` seconds in a window, at least 1."""
-    return max(1, round(batch.signal_BCT.shape[2] / (batch.rate_hz * patch_s)))
+    return max(1, round(num_samples / (rate_hz * patch_s)))
 
 
 def with_one_real(mask_BC: torch.Tensor) -> torch.Tensor:
