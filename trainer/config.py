@@ -20,6 +20,10 @@ FREE_KEYS = frozenset(
         "save_every",
         "eval_every",
         "keep",
+        "keep_every",
+        "keep_best",
+        "storage",
+        "save",
         "compile",
         "collective_timeout_s",
         "num_workers",
@@ -117,7 +121,14 @@ class PretrainConfig(_Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 100
     eval_every: Annotated[int, Field(ge=1)] | None = None  # None: at the last step only
-    keep: Annotated[int, Field(ge=1)] = 3  # checkpoints
+    # sync: training waits until a checkpoint is committed; async: only until its copy lies in the host's memory
+    save: Literal["sync", "async"] = "sync"
+    storage: str | None = None  # of the checkpoints: s3://bucket/folder, any fsspec URL, or a path; null: run_dir
+    keep: Annotated[int, Field(ge=1)] = 3  # newest checkpoints
+    keep_every: Annotated[int, Field(ge=1)] | None = None  # save every so many steps as well, and keep those for good
+    keep_best: str | None = (
+        None  # save after every evaluation and keep the best: top1 = the highest, -top1 = the lowest
+    )
     collective_timeout_s: Annotated[int, Field(ge=1)] = 900  # then a rank that does not answer ends the others
     num_workers: NumWorkers = 1  # under Ray [min, max] as well: as many as there is room for
     num_threads: Annotated[int, Field(ge=1)] = 1  # of torch, per worker

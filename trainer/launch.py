@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from manifests.errors import ConfigError, ContractError
-from trainer.checkpoint import step_of
+from trainer.checkpoint_store import step_of
 from trainer.collectives import rank
 from trainer.config import PretrainConfig
 from trainer.lock import hold
@@ -32,6 +32,7 @@ from trainer.loop import pretrain
 from trainer.metrics import describe, read_metrics
 from trainer.paths import LAUNCH_LOCK_FILE, METRICS_FILE, STOP_FILE, WORKERS_FOLDER
 from trainer.run_folder import PretrainResult, check_run, read_result
+from trainer.storage import location
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def launch(config: PretrainConfig) -> PretrainResult:
     _check_workers(config)
     run_dir = Path(config.run_dir)
     before = read_result(config)
-    if before.checkpoint is not None and step_of(before.checkpoint) >= config.steps:
+    # Another machine than the one that trained may have all of the steps in the store and still lack the encoder.
+    is_done = before.checkpoint is not None and step_of(before.checkpoint) >= config.steps
+    if is_done and before.encoder.exists():
         logger.info("%s: finished before, at step %d; nothing to do", run_dir, before.step)
         return before
     if before.checkpoint is not None:
@@ -219,7 +222,10 @@ class _Notice:
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     """The same run for a worker in another working directory."""
     snapshots = [source.model_copy(update={"path": str(Path(source.path).absolute())}) for source in config.snapshots]
-    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "snapshots": snapshots})
+    places = {"run_dir": str(Path(config.run_dir).absolute()), "snapshots": snapshots}
+    if config.storage is not None:
+        places["storage"] = str(location(config.storage))
+    return config.model_copy(update=places)
 
 
 def start_local_ray(num_cpus: int) -> None:

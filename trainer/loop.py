@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import next_attempt
+from trainer.checkpoint_store import claim_attempt
 from trainer.collectives import explained_timeouts, rank, world_size
 from trainer.config import PretrainConfig
-from trainer.paths import CHECKPOINT_FOLDER
 from trainer.run import Report, Run
-from trainer.run_folder import PretrainResult, check_run, open_run
+from trainer.run_folder import PretrainResult, check_run, checkpoint_folder, open_run
 from trainer.stopper import Stopper
 from trainer.watchdog import Watchdog
 from trainer.zero import join_processes, learning_rate, set_learning_rate, train_step
@@ -45,12 +44,12 @@ def pretrain(
     run_dir = Path(config.run_dir).absolute()
     streams = check_run(config)
     with explained_timeouts(config.collective_timeout_s), open_run(run_dir, config):
-        attempt = next_attempt(run_dir / CHECKPOINT_FOLDER)
+        fence = claim_attempt(checkpoint_folder(config))
         hang_timeout_s = config.faults.hang_timeout_s
         with Watchdog(
-            run_dir, rank=rank(), world_size=world_size(), attempt=attempt, hang_timeout_s=hang_timeout_s
+            run_dir, rank=rank(), world_size=world_size(), attempt=fence.attempt, hang_timeout_s=hang_timeout_s
         ) as watchdog:
-            run = Run(config, streams, watchdog=watchdog, attempt=attempt)
+            run = Run(config, streams, watchdog=watchdog, fence=fence)
             try:
                 with Stopper(run_dir, notice=notice) as stopper:
                     _train(run, stopper, report)
@@ -82,8 +81,10 @@ def _train(run: Run, stopper: Stopper, report: Report | None) -> None:
                 run.evaluate()
             if is_last or run.is_due(config.log_every) or run.is_due(config.eval_every):
                 run.log(metrics, lr=lr, grad_norm=norm)
-            if is_last or is_leaving or run.is_due(config.save_every):
-                run.save(report)
+            if is_last or is_leaving or run.is_save_due():
+                run.save(report, is_urgent=is_last or is_leaving)
+            else:
+                run.settle(report)
             if is_stopping:
                 logger.info("stopped after step %d; the same command goes on from here", run.progress.step)
                 break

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,22 @@ from manifests.channels import UCS_VERSION, table_digest
 from manifests.errors import ConfigError
 from manifests.shards import load_snapshot
 from trainer.batches import row_rate_hz
-from trainer.checkpoint import (
-    Progress,
-    collect_garbage,
-    find_checkpoint,
-    load_checkpoint,
-    read_weights,
-    save_checkpoint,
-)
+from trainer.checkpoint import Progress, load_checkpoint, read_meta, read_weights
+from trainer.checkpoint_store import collect_garbage, find_checkpoint, step_of
 from trainer.collectives import rank, world_size
-from trainer.config import PretrainConfig, order_digest, run_digest
+from trainer.config import PretrainConfig, differing_keys, order_digest, run_digest
 from trainer.data import Address, Order, Stream, load_streams, order_state, part_sizes, resume_order
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
+from trainer.lock import Fence
 from trainer.meter import Meter
 from trainer.metrics_writer import MetricsWriter
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
-from trainer.paths import CHECKPOINT_FOLDER, ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
+from trainer.paths import ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
 from trainer.read import SnapshotReader, Window
-from trainer.run_folder import PretrainResult
+from trainer.run_folder import PretrainResult, checkpoint_folder
+from trainer.saver import Saver
 from trainer.watchdog import Watchdog
 from trainer.zero import initialise
 
@@ -60,16 +56,25 @@ class StepBatch:
 class Run:
     """What a run holds between two steps, and the things that happen every n steps."""
 
-    def __init__(self, config: PretrainConfig, streams: Sequence[Stream], *, watchdog: Watchdog, attempt: int) -> None:
+    def __init__(self, config: PretrainConfig, streams: Sequence[Stream], *, watchdog: Watchdog, fence: Fence) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir).absolute()
-        self.checkpoints = self.run_dir / CHECKPOINT_FOLDER
+        self.checkpoints = checkpoint_folder(config)
         self.watchdog = watchdog
-        self.attempt = attempt
+        self.fence = fence
         torch.manual_seed(config.seed)
         self.objective = build_objective(build_encoder(config.encoder), config.objective)
         self.model = initialise(self.objective, config)
         self.order = Order(streams, seed=config.seed, global_batch=config.global_batch)
+        snapshots = [load_snapshot(source.path) for source in config.snapshots]
+        self.recipes = {str(snapshot.recipe["id"]): snapshot.recipe for snapshot in snapshots}
+        self.saver = Saver(
+            self.checkpoints,
+            fence=fence,
+            is_async=config.save == "async",
+            on_commit=self._after_commit,
+            timeout_s=config.collective_timeout_s,
+        )
         self.saved = find_checkpoint(self.checkpoints)
         self.progress = self._resume()
         self.reader = SnapshotReader(
@@ -81,6 +86,7 @@ class Run:
         self.metrics = MetricsWriter(self.run_dir, step=self.progress.step, steps=config.steps, is_active=rank() == 0)
         self.evaluation: dict[str, float] = {}
         self._fresh_evaluation: dict[str, float] = {}
+        self._evaluated_at: int | None = None
         self._held_out: list[Window] | None = None
         self.meter = Meter(global_batch=config.global_batch, device=self.model.device)
         if rank() == 0 and (skipped := read_skipped(self.run_dir)):
@@ -90,11 +96,16 @@ class Run:
         if self.saved is None:
             data = order_state(self.order, config_digest=order_digest(self.config), batches_committed=0)
             return Progress(step=0, windows=0, seconds=0.0, loss=None, data=data)
+        if keys := differing_keys(self.config, read_meta(self.saved)["config"]):
+            raise ConfigError(
+                f"{self.saved}: of a run with another configuration ({'; '.join(keys)}); set these keys back, or give "
+                "another run_dir and storage"
+            )
         progress = load_checkpoint(self.saved, self.model)
         self.order = resume_order(self.order, progress.data, config_digest=order_digest(self.config))
         logger.info("going on from %s", self.saved)
         if rank() == 0 and _exported_step(self.run_dir / ENCODER_FOLDER) != progress.step:
-            self._export()  # the run died between the checkpoint and its export
+            self._export(self.saved)  # the run died between the checkpoint and its export
         return progress
 
     def batches(self) -> Generator[StepBatch, None, None]:
@@ -188,6 +199,7 @@ class Run:
         if self._held_out is None:
             self._held_out = held_out_windows(self.config)
         values = retrieval_top1(self.objective, self._held_out, device=self.model.device)
+        self._evaluated_at = self.progress.step
         self.evaluation = self._fresh_evaluation = {f"eval_{name}": value for name, value in values.items()}
 
     def log(self, metrics: dict[str, torch.Tensor], *, lr: float, grad_norm: float | None) -> None:
@@ -202,40 +214,63 @@ class Run:
         self.metrics.write(self.progress.step, values)
         self._fresh_evaluation = {}
 
-    def save(self, report: Report | None) -> None:
-        """Commit a checkpoint, export the encoder, delete old checkpoints."""
-        self.saved = save_checkpoint(
-            self.checkpoints,
+    def is_save_due(self) -> bool:
+        """Whether a checkpoint is made after this step, also without a stop."""
+        settings = self.config
+        is_scored = settings.keep_best is not None and self.is_due(settings.eval_every)
+        return self.is_due(settings.save_every) or self.is_due(settings.keep_every) or is_scored
+
+    def save(self, report: Report | None, *, is_urgent: bool) -> None:
+        """Begin a checkpoint of now; if it is urgent, or `save: sync`, wait until it is committed. A collective."""
+        self.settle(report, wait=True)
+        is_scored = self._evaluated_at == self.progress.step
+        self.saver.begin(
             self.model,
             progress=self.progress,
-            attempt=self.attempt,
             extra={
                 "config": self.config.model_dump(mode="json"),
                 "run_digest": run_digest(self.config),
                 "ucs": {"version": UCS_VERSION, "digest": table_digest()},
+                "recipes": self.recipes,
+                "scores": _bare(self.evaluation) if is_scored else {},
             },
         )
-        if rank() == 0:
-            self._export()
-            collect_garbage(self.checkpoints, keep=self.config.keep, attempt=self.attempt)
-        if report is not None:
-            report({"step": float(self.progress.step), "loss": self.progress.loss or 0.0})
+        self.settle(report, wait=is_urgent)
 
-    def _export(self) -> None:
-        """Encoder of the newest checkpoint, read from its files: no collective, whatever the ZeRO stage."""
-        if self.saved is None:
-            return
-        snapshots = [load_snapshot(source.path) for source in self.config.snapshots]
+    def settle(self, report: Report | None, *, wait: bool = False) -> None:
+        """Report a checkpoint that has been committed since the last time, or wait for it. A collective."""
+        saved = self.saver.finished(wait=wait)
+        if saved is not None:
+            self.saved = saved.path
+            if report is not None:
+                report({"step": float(saved.progress.step), "loss": saved.progress.loss or 0.0})
+
+    def _after_commit(self, path: Path) -> None:
+        """Export the encoder and delete old checkpoints; in the thread that saves."""
+        if rank() == 0:
+            self._export(path)
+            settings = self.config
+            collect_garbage(
+                self.checkpoints,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+                keep_best=settings.keep_best,
+                attempt=self.fence.attempt,
+            )
+
+    def _export(self, path: Path) -> None:
+        """Encoder of a checkpoint, read from its files: no collective, whatever the ZeRO stage."""
         save_encoder(
             self.run_dir / ENCODER_FOLDER,
             self.objective.encoder,
-            state=read_weights(self.saved, prefix="encoder."),
-            recipes={str(snapshot.recipe["id"]): snapshot.recipe for snapshot in snapshots},
-            step=int(self.saved.name[5:14]),
+            state=read_weights(path, prefix="encoder."),
+            recipes=self.recipes,
+            step=step_of(path),
         )
 
     def close(self) -> None:
-        """Close files."""
+        """Close files, after a checkpoint that is under way."""
+        self.saver.close()
         self.metrics.close()
         self.reader.close()
 
@@ -247,7 +282,7 @@ class Run:
             loss=self.progress.loss,
             checkpoint=self.saved,
             encoder=self.run_dir / ENCODER_FOLDER,
-            evaluation={name.removeprefix("eval_"): value for name, value in self.evaluation.items()},
+            evaluation=_bare(self.evaluation),
         )
 
 
@@ -269,6 +304,11 @@ def held_out_windows(config: PretrainConfig) -> list[Window]:
         return reader.read([address for _, address in chosen], order=order)
     finally:
         reader.close()
+
+
+def _bare(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """Scores by the names that `trainer.evaluate` gives them."""
+    return {name.removeprefix("eval_"): value for name, value in evaluation.items()}
 
 
 def _signal_s(window: Window) -> float:

@@ -9,13 +9,14 @@ import torch
 
 from manifests.config import read_yaml, start_run
 from manifests.errors import ConfigError
-from trainer.checkpoint import newest_checkpoint
+from trainer.checkpoint_store import newest_checkpoint, step_of
 from trainer.collectives import rank, sum_over_ranks
 from trainer.config import PretrainConfig, differing_keys
 from trainer.data import Stream, load_streams
 from trainer.lock import hold
 from trainer.metrics import read_metrics
 from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, ENCODER_FOLDER, LOCK_FILE
+from trainer.storage import location
 
 LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
 
@@ -41,6 +42,11 @@ class PretrainResult:
     evaluation: dict[str, float]
 
 
+def checkpoint_folder(config: PretrainConfig) -> Path:
+    """Folder of all checkpoints of a run, on a disk or in an object store."""
+    return location(config.storage or config.run_dir) / CHECKPOINT_FOLDER
+
+
 def check_run(config: PretrainConfig) -> list[Stream]:
     """Streams that a run trains on, if nothing that can be seen beforehand is wrong. Not a collective.
 
@@ -54,6 +60,10 @@ def check_run(config: PretrainConfig) -> list[Stream]:
             f"{config.run_dir}: holds a run with another configuration ({'; '.join(keys)}); "
             "set these keys back, or give another run_dir"
         )
+    if config.keep_best is not None and (config.evaluation is None or config.eval_every is None):
+        raise ConfigError(
+            f"keep_best: {config.keep_best} needs evaluation and eval_every; set them, or keep_best to null"
+        )
     if config.evaluation is not None:
         load_streams(config.snapshots, split=config.evaluation.split, keep=config.filter)
     return load_streams(config.snapshots, split=config.split, keep=config.filter)
@@ -66,12 +76,14 @@ def read_result(config: PretrainConfig) -> PretrainResult:
     evaluations = [
         {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")} for row in rows
     ]
-    step = rows[-1]["step"] if rows else 0
+    checkpoint = newest_checkpoint(checkpoint_folder(config))
+    # Without rows this may be another machine than the one that trained.
+    step = rows[-1]["step"] if rows else 0 if checkpoint is None else step_of(checkpoint)
     return PretrainResult(
         step=step,
         is_finished=step >= config.steps,
         loss=rows[-1].get("loss") if rows else None,
-        checkpoint=newest_checkpoint(run_dir / CHECKPOINT_FOLDER),
+        checkpoint=checkpoint,
         encoder=run_dir / ENCODER_FOLDER,
         evaluation=next((values for values in reversed(evaluations) if values), {}),
     )

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from manifests.config import load_config, read_yaml
 from manifests.errors import ConfigError
-from trainer.checkpoint import find_checkpoint, read_weights
+from trainer.checkpoint import read_weights
+from trainer.checkpoint_store import find_checkpoint
 from trainer.config import EvaluationConfig, PretrainConfig
 from trainer.evaluate import retrieval_top1
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
-from trainer.paths import CHECKPOINT_FOLDER
 from trainer.run import held_out_windows
+from trainer.run_folder import checkpoint_folder
 
 
 def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str, float]:
@@ -29,7 +30,7 @@ def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str,
     if "objective" not in read_yaml(run_dir / "config.yaml"):
         raise ConfigError(f"{run_dir}: not a pretraining run (its config.yaml has no objective); give one of those")
     config = load_config(PretrainConfig, run_dir / "config.yaml")
-    checkpoint = find_checkpoint(run_dir / CHECKPOINT_FOLDER)
+    checkpoint = find_checkpoint(checkpoint_folder(config.model_copy(update={"run_dir": str(run_dir)})))
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: no checkpoint; run kymo pretrain until one is saved")
     objective = build_objective(build_encoder(config.encoder), config.objective)

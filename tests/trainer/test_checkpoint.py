@@ -11,16 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from manifests.errors import ConfigError, ContractError
-from trainer.checkpoint import (
-    Progress,
-    collect_garbage,
-    find_checkpoint,
-    load_checkpoint,
-    next_attempt,
-    read_weights,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from trainer.checkpoint import Progress, load_checkpoint, read_weights, save_checkpoint
+from trainer.checkpoint_store import claim_attempt, collect_garbage, find_checkpoint, verify_checkpoint
 from trainer.config import PretrainConfig
 from trainer.data import DataState
 from trainer.fragments import STATES, held_fragments
@@ -169,21 +161,22 @@ def test_resume_walks_back_past_a_damaged_checkpoint(
 
 def test_a_partial_checkpoint_is_never_picked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(1)
-    older = save(tmp_path, model, step=2)
+    folder = tmp_path / "checkpoints"
+    older = save(folder, model, step=2)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.checkpoint._commit", die)
+    monkeypatch.setattr("trainer.checkpoint.commit", die)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, model, step=4)
+        save(folder, model, step=4)
     monkeypatch.undo()
-    assert (tmp_path / ".tmp-step-000000004-a1").is_dir()
-    assert find_checkpoint(tmp_path) == older
-    assert next_attempt(tmp_path) == 2
-    assert save(tmp_path, model, step=4, attempt=2).name == "step-000000004-a2"
-    collect_garbage(tmp_path, keep=5, attempt=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002-a1", "step-000000004-a2"]
+    assert (folder / ".tmp-step-000000004-a1").is_dir()
+    assert find_checkpoint(folder) == older
+    assert claim_attempt(folder).attempt == 2
+    assert save(folder, model, step=4, attempt=2).name == "step-000000004-a2"
+    collect_garbage(folder, keep=5, attempt=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000002-a1", "step-000000004-a2"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
