@@ -41,6 +41,11 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device_name.startswith(name)), None)
 
 
+def device_peak(device: torch.device) -> float | None:
+    """FLOP/s of what a model is on, None for a CPU and an unknown GPU."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 class Meter:
     """Adds up steps on every rank; `row` turns what came since the last row into metrics of the whole run.
 
@@ -52,10 +57,15 @@ class Meter:
     def __init__(self, *, global_batch: int, device: torch.device) -> None:
         self._global_batch = global_batch
         self._device = device
-        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = device_peak(device)
         self._process = psutil.Process()
         self._losses: deque[float] = deque(maxlen=SPIKE_STEPS)
         self._clear()
+
+    @property
+    def has_peak(self) -> bool:
+        """Whether operations are worth counting: what the device could do is known."""
+        return self._peak is not None
 
     def _clear(self) -> None:
         self._since = time.monotonic()
