@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 5.0
 HANG_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed
 _STANDSTILL = 4  # beats
+_START_FACTOR = 5.0  # reading a checkpoint, compiling, the first step
 _GIL_GRACE_S = 30.0  # then not even this thread came to run, and faulthandler's own thread ends the process
 ENDED = frozenset({"finished", "stopped", "failed"})
 
@@ -74,7 +75,7 @@ class Watchdog:
         rank: This rank; 0 writes the heartbeat.
         world_size: Number of ranks.
         attempt: Number of this start.
-        hang_timeout_s: Longest time without `mark`; None: no limit.
+        hang_timeout_s: Longest time without `mark`, five times as long up to the first; None: no limit.
         beat_s: How often it looks.
         leave: Ends the process; another one in tests.
     """
@@ -141,8 +142,9 @@ class Watchdog:
             self._beat()
             if self._hang_timeout_s is None:
                 continue
-            faulthandler.dump_traceback_later(self._hang_timeout_s + _GIL_GRACE_S, exit=True, file=stacks)
-            if now - self._since > self._hang_timeout_s:
+            limit_s = self._hang_timeout_s * (_START_FACTOR if self._state == "starting" else 1.0)
+            faulthandler.dump_traceback_later(limit_s + _GIL_GRACE_S, exit=True, file=stacks)
+            if now - self._since > limit_s:
                 self._give_up(now - self._since, stacks)
                 return
 

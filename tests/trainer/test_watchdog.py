@@ -61,6 +61,15 @@ def test_as_long_as_steps_come_nothing_happens(tmp_path: Path) -> None:
     assert list((tmp_path / "stacks").iterdir()) == []
 
 
+def test_the_start_may_take_five_times_as_long(tmp_path: Path) -> None:
+    codes: list[int] = []
+    with watch(tmp_path, codes, hang_timeout_s=0.4):
+        time.sleep(0.8)
+        assert codes == []
+        wait_until(lambda: codes)
+    assert "has been starting for" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
 def test_an_error_is_the_last_word(tmp_path: Path) -> None:
     def fail() -> None:
         with watch(tmp_path, []) as watchdog:
