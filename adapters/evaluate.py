@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from adapters.data import Labelled, TaskData, read_spread
-from adapters.model import MultiTaskModel
+from adapters.model import TaskModel
 from manifests.tasks import Task
 from trainer.batches import ChannelBatch, collate_channels
 from trainer.evaluation.scores import score_classes, score_yes_no
@@ -23,7 +23,7 @@ def task_probabilities(task: Task, logits_BK: torch.Tensor) -> torch.Tensor:
 
 def collate_task(task: Task, windows: list[Window]) -> ChannelBatch:
     """Windows as the task's model sees them."""
-    return collate_channels(windows, kinds=task.kinds, view=task.view, channels=task.channels)
+    return collate_channels(windows, kinds=task.kinds, view=task.view, channels=task.channels).to("cpu")
 
 
 def targets_of(task: Task, labelled: Labelled, windows: list[Window]) -> torch.Tensor:
@@ -38,9 +38,7 @@ def targets_of(task: Task, labelled: Labelled, windows: list[Window]) -> torch.T
 
 
 @torch.no_grad()
-def evaluate(
-    model: MultiTaskModel, data: Mapping[str, TaskData], *, split: str, limit: int
-) -> dict[str, dict[str, Any]]:
+def evaluate(model: TaskModel, data: Mapping[str, TaskData], *, split: str, limit: int) -> dict[str, dict[str, Any]]:
     """Scores per task on at most `limit` windows of a split; a task without windows there is absent."""
     model.eval()
     scores: dict[str, dict[str, Any]] = {}
@@ -50,8 +48,8 @@ def evaluate(
             continue
         probabilities, targets, subjects = [], [], []
         for windows in read_spread(labelled, limit=limit, batch=EVAL_BATCH):
-            logits = model(name, collate_task(item.task, windows))
-            probabilities.append(task_probabilities(item.task, logits).numpy())
+            logits = model(name, collate_task(item.task, windows).to(model.device))
+            probabilities.append(task_probabilities(item.task, logits).cpu().numpy())
             targets.append(targets_of(item.task, labelled, windows).numpy())
             subjects += [labelled.subjects[window.key] for window in windows]
         score = score_classes if item.task.loss == "cross_entropy" else score_yes_no

@@ -7,6 +7,7 @@ samples and of the end of the last one.
 """
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
@@ -66,11 +67,17 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 def array_from_npy(buffer: memoryview | bytes) -> np.ndarray:
     """Read-only array over a `.npy` buffer, without a copy."""
     view = memoryview(buffer)
+    dtype, shape, begin = npy_layout(view)
+    return np.frombuffer(view[begin:], dtype=dtype, count=math.prod(shape)).reshape(shape)
+
+
+def npy_layout(view: memoryview) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Data type and shape of a `.npy` member, and the byte where its data begin; its header is enough."""
     if bytes(view[:8]) != b"\x93NUMPY\x01\x00":
         raise ContractError("not a .npy member of format 1.0; the shard is damaged or was not written by kymo")
-    size = int.from_bytes(view[8:10], "little")
-    dtype, shape = _parse_header(bytes(view[10 : 10 + size]))
-    return np.frombuffer(view[10 + size :], dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+    begin = 10 + int.from_bytes(view[8:10], "little")
+    dtype, shape = _parse_header(bytes(view[10:begin]))
+    return dtype, shape, begin
 
 
 @cache
@@ -138,18 +145,27 @@ def parse_sample(buffer: memoryview | bytes) -> tuple[str, dict[str, memoryview]
     key = ""
     position = 0
     while position < len(view):
-        header = bytes(view[position : position + BLOCK])
-        if header[257:262] != b"ustar":
-            raise ContractError(f"no tar header at byte {position} of a sample; run kymo verify on the snapshot")
-        member_key, _, extension = header[: header.index(b"\0")].decode("ascii").partition(".")
+        member_key, extension, size = parse_member(view[position : position + BLOCK])
         if key and member_key != key:
             raise ContractError(f"members of {key!r} and {member_key!r} in one sample; the index is wrong")
         key = member_key
-        size = int(header[124:135], 8)
         position += BLOCK
         members[extension] = view[position : position + size]
         position += size + (-size % BLOCK)
     return key, members
+
+
+def parse_member(block: memoryview) -> tuple[str, str, int]:
+    """Key, extension and size in bytes of the member that a tar header stands before.
+
+    Raises:
+        ContractError: A header that is not ustar.
+    """
+    header = bytes(block)
+    if header[257:262] != b"ustar":
+        raise ContractError("no tar header where one of a sample should be; run kymo verify on the snapshot")
+    key, _, extension = header[: header.index(b"\0")].decode("ascii").partition(".")
+    return key, extension, int(header[124:135], 8)
 
 
 def index_bytes(offsets: Sequence[int]) -> bytes:

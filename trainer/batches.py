@@ -7,7 +7,7 @@ loss, M modality groups.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ import torch
 
 from manifests.channels import KINDS
 from manifests.errors import ConfigError, ContractError
-from trainer.read import Window
-from trainer.views import find_view
+from trainer.memory import stored_rows
+from trainer.read import Tags, Window, read_rows
+from trainer.views import View, dequantise, find_view, scaling
 
 KIND_IDS = {kind: index for index, kind in enumerate(KINDS)}
 
@@ -65,25 +66,96 @@ def move(batch: Any, device: torch.device | str) -> Any:
     return type(batch)(**moved)
 
 
+@dataclass(slots=True, kw_only=True)
+class StoredBatch:
+    """A ChannelBatch on the host, as it was stored; `to` moves the int16 rows and makes float32 of them there.
+
+    R is the number of real channels of all windows: padding is neither read nor moved. `place_R` is b x C + c,
+    ascending. The other tensors are those of the ChannelBatch.
+    """
+
+    stored_RT: torch.Tensor
+    place_R: torch.Tensor
+    gain_R: torch.Tensor
+    shift_R: torch.Tensor
+    view: View
+    mask_BC: torch.Tensor
+    anode_BC: torch.Tensor
+    cathode_BC: torch.Tensor
+    kind_BC: torch.Tensor
+    rate_hz: float
+
+    @property
+    def num_samples(self) -> int:
+        """T."""
+        return self.stored_RT.shape[1]
+
+    def to(self, device: torch.device | str) -> ChannelBatch:
+        """The batch on `device`, in the units of the view."""
+        moved = move(self, device)
+        signal_RT = dequantise(moved.stored_RT, moved.gain_R, moved.shift_R, view=self.view)
+        if len(signal_RT) < self.mask_BC.numel():
+            padded = signal_RT.new_zeros(self.mask_BC.numel(), self.num_samples)
+            signal_RT = padded.index_copy_(0, moved.place_R, signal_RT)
+        return ChannelBatch(
+            signal_BCT=signal_RT.view(*self.mask_BC.shape, self.num_samples),
+            mask_BC=moved.mask_BC,
+            anode_BC=moved.anode_BC,
+            cathode_BC=moved.cathode_BC,
+            kind_BC=moved.kind_BC,
+            rate_hz=self.rate_hz,
+        )
+
+
+class Cut(NamedTuple):
+    """A stretch of a window: `seconds` long, from `share` (0 to 1) of where it could begin."""
+
+    seconds: float
+    share: float
+
+    def samples(self, length: int, rate_hz: float) -> tuple[int, int]:
+        """First sample and number of samples, in a channel of `length` samples.
+
+        Channels of two rates begin within a sample of each other.
+        """
+        width = round(self.seconds * rate_hz)
+        return int(self.share * (length - width + 1)), width
+
+
+class _Chosen(NamedTuple):
+    """The channels of a window that a model sees: rows by kind, rate by kind, and what the tags say of each."""
+
+    rows: dict[str, list[int]]
+    rate_hz: dict[str, float]
+    ids_3C: np.ndarray
+    gain_C: np.ndarray
+    shift_C: np.ndarray
+
+
 def signal_rows(
-    window: Window, *, kinds: Sequence[str], channels: Collection[str] | None = None
+    ucs: Mapping[str, Sequence[Mapping[str, Any]]], *, kinds: Sequence[str], channels: Collection[str] | None = None
 ) -> list[tuple[str, int]]:
     """(kind, row) of every channel a model may see, in the order of `kinds` and of the stored rows.
 
     Only role `signal`: references, flags and markers never reach a model. `channels` keeps those symbols only.
     """
-    chosen = []
-    for kind in kinds:
-        for row, tag in enumerate(window.meta["ucs"].get(kind, ())):
-            if tag["role"] == "signal" and (channels is None or tag["symbol"] in channels):
-                chosen.append((kind, row))
-    return chosen
+    return [
+        (kind, row)
+        for kind in kinds
+        for row, tag in enumerate(ucs.get(kind, ()))
+        if tag["role"] == "signal" and (channels is None or tag["symbol"] in channels)
+    ]
 
 
 def collate_channels(
-    windows: Sequence[Window], *, kinds: Sequence[str], view: str, channels: Sequence[str] | None = None
-) -> ChannelBatch:
-    """Windows as one padded batch in the units of `view`.
+    windows: Sequence[Window],
+    *,
+    kinds: Sequence[str],
+    view: str,
+    channels: Sequence[str] | None = None,
+    cuts: Sequence[Cut] | None = None,
+) -> StoredBatch:
+    """Windows as one padded batch, on the host; its `to` gives what a model takes, in the units of `view`.
 
     A window without any such channel keeps a row whose mask is False throughout. The batch has at least one
     channel column.
@@ -93,42 +165,45 @@ def collate_channels(
         kinds: Kinds to take, in the order of the batch's channels.
         view: Name in `trainer.views.VIEWS`.
         channels: Symbols to take (`eeg:C3-M2`); None takes all.
+        cuts: The stretch of each window; None takes all of it.
 
     Raises:
-        ConfigError: An unknown kind or view, or channels of different rate or length in one batch.
+        ConfigError: An unknown kind or view, channels of different rate or length in one batch, or a window that is
+            shorter than its cut.
     """
     unknown = [kind for kind in kinds if kind not in KIND_IDS]
     if unknown:
         raise ConfigError(f"kinds: {unknown[0]!r} is not a kind; choose from {', '.join(KINDS)}")
-    apply_view = find_view(view)
     wanted = None if channels is None else frozenset(channels)
-    rows = [signal_rows(window, kinds=kinds, channels=wanted) for window in windows]
-    rate_hz, length = _common_grid(windows, rows)
-    shape = (len(windows), max(1, *(len(chosen) for chosen in rows)))
-    signal_BCT = np.zeros((*shape, length), dtype=np.float32)
-    mask_BC = np.zeros(shape, dtype=bool)
-    ids_3BC = np.zeros((3, *shape), dtype=np.int64)
-    for b, (window, chosen) in enumerate(zip(windows, rows, strict=True)):
-        mask_BC[b, : len(chosen)] = True
-        c = 0
-        for kind, indices in _by_kind(chosen):
-            tags = [window.meta["ucs"][kind][row] for row in indices]
-            stored_CT = window.arrays[kind]
-            if len(indices) != len(stored_CT):
-                stored_CT = stored_CT[indices]
-            signal_BCT[b, c : c + len(indices)] = apply_view(stored_CT, tags)
-            for offset, tag in enumerate(tags):
-                ids_3BC[:, b, c + offset] = channel_ids(tag)
-            c += len(indices)
-    anode_BC, cathode_BC, kind_BC = (torch.from_numpy(ids) for ids in ids_3BC)
-    return ChannelBatch(
-        signal_BCT=torch.from_numpy(signal_BCT),
+    chosen = [_choose(window.meta["ucs"], tuple(kinds), wanted, view) for window in windows]
+    rate_hz, length = _common_grid(windows, chosen)
+    starts, width = _stretches(windows, cuts, rate_hz=rate_hz, length=length)
+    sizes = [item.ids_3C.shape[1] for item in chosen]
+    stored = stored_rows(sum(sizes), width)
+    _read_chosen(windows, chosen, starts, stored.numpy())
+    num_columns = max(1, *sizes)
+    mask_BC = np.arange(num_columns) < np.array(sizes)[:, None]
+    place_R = np.flatnonzero(mask_BC)
+    ids_3BC = np.zeros((3, mask_BC.size), dtype=np.int64)
+    ids_3BC[:, place_R] = np.concatenate([item.ids_3C for item in chosen], axis=1)
+    anode_BC, cathode_BC, kind_BC = torch.from_numpy(ids_3BC.reshape(3, len(windows), num_columns))
+    return StoredBatch(
+        stored_RT=stored,
+        place_R=torch.from_numpy(place_R),
+        gain_R=torch.from_numpy(np.concatenate([item.gain_C for item in chosen])),
+        shift_R=torch.from_numpy(np.concatenate([item.shift_C for item in chosen])),
+        view=find_view(view),
         mask_BC=torch.from_numpy(mask_BC),
         anode_BC=anode_BC,
         cathode_BC=cathode_BC,
         kind_BC=kind_BC,
         rate_hz=rate_hz,
     )
+
+
+def draw_cuts(windows: Sequence[Window], seconds: float, *, seed: int) -> list[Cut]:
+    """A random stretch of each window, a function of (seed, epoch, key)."""
+    return [Cut(seconds=seconds, share=generator(seed, window.epoch, window.key, "cut").random()) for window in windows]
 
 
 def channel_ids(tag: dict[str, Any]) -> tuple[int, int, int]:
@@ -153,22 +228,44 @@ def generator(*parts: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=stable_hash(*parts)))
 
 
-def _by_kind(chosen: list[tuple[str, int]]) -> list[tuple[str, list[int]]]:
-    grouped: dict[str, list[int]] = {}
-    for kind, row in chosen:
-        grouped.setdefault(kind, []).append(row)
-    return list(grouped.items())
+def _choose(ucs: dict[str, Any], kinds: tuple[str, ...], channels: frozenset[str] | None, view: str) -> _Chosen:
+    """What a batch takes of a window, from its tags; computed once for windows that share them."""
+    derived = ucs.derived if isinstance(ucs, Tags) else {}
+    key = (kinds, channels, view)
+    if key not in derived:
+        rows: dict[str, list[int]] = {}
+        for kind, row in signal_rows(ucs, kinds=kinds, channels=channels):
+            rows.setdefault(kind, []).append(row)
+        tags = [ucs[kind][row] for kind, chosen in rows.items() for row in chosen]
+        gain_C, shift_C = scaling(find_view(view), tags)
+        ids_C3 = np.array([channel_ids(tag) for tag in tags], dtype=np.int64).reshape(-1, 3)
+        rate_hz = {kind: row_rate_hz(ucs[kind][0]) for kind in rows}
+        derived[key] = _Chosen(rows=rows, rate_hz=rate_hz, ids_3C=ids_C3.T, gain_C=gain_C, shift_C=shift_C)
+    return derived[key]
 
 
-def _common_grid(windows: Sequence[Window], rows: list[list[tuple[str, int]]]) -> tuple[float, int]:
+def _read_chosen(
+    windows: Sequence[Window], chosen: Sequence[_Chosen], starts: Sequence[int], out_RT: np.ndarray
+) -> None:
+    """Chosen rows of the windows, one after the other, from `starts` on."""
+    begin = 0
+    for window, item, start in zip(windows, chosen, starts, strict=True):
+        for kind, rows in item.rows.items():
+            end = begin + len(rows)
+            read_rows(window.arrays[kind], rows, out_RT[begin:end], start=start)
+            begin = end
+
+
+def _common_grid(windows: Sequence[Window], chosen: Sequence[_Chosen]) -> tuple[float, int]:
     """Rate in Hz and number of samples that all chosen channels share."""
     if not windows:
         raise ContractError("collate_channels: 0 windows; a batch needs at least one")
     seen: dict[tuple[float, int], str] = {}
-    for window, chosen in zip(windows, rows, strict=True):
-        for kind in dict.fromkeys(kind for kind, _ in chosen):
-            grid = (row_rate_hz(window.meta["ucs"][kind][0]), window.arrays[kind].shape[1])
-            seen.setdefault(grid, f"{window.key}.{kind}")
+    for window, item in zip(windows, chosen, strict=True):
+        for kind, rate_hz in item.rate_hz.items():
+            grid = (rate_hz, window.arrays[kind].shape[1])
+            if grid not in seen:
+                seen[grid] = f"{window.key}.{kind}"
     if len(seen) > 1:
         found = "; ".join(f"{where}: {rate:g} Hz x {length}" for (rate, length), where in list(seen.items())[:4])
         raise ConfigError(f"batch mixes rates or lengths ({found}); put kinds of one rate and length in a group")
@@ -176,3 +273,19 @@ def _common_grid(windows: Sequence[Window], rows: list[list[tuple[str, int]]]) -
         return next(iter(seen))
     meta = windows[0].meta
     return meta["rate"][0] / meta["rate"][1], int(meta["length"])
+
+
+def _stretches(
+    windows: Sequence[Window], cuts: Sequence[Cut] | None, *, rate_hz: float, length: int
+) -> tuple[list[int], int]:
+    """First sample of each window, and the number of samples of all."""
+    if cuts is None:
+        return [0] * len(windows), length
+    stretches = [cut.samples(length, rate_hz) for cut in cuts]
+    width = stretches[0][1]
+    if width > length:
+        raise ConfigError(
+            f"a stretch of {cuts[0].seconds:g} s, but {windows[0].key} has {length / rate_hz:g} s; "
+            "shorten it or choose a recipe with longer windows"
+        )
+    return [start for start, _ in stretches], width

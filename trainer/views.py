@@ -1,19 +1,23 @@
 """Views: the normalisations that turn a stored int16 window into what an encoder reads.
 
 Shards hold physical units (value = int16 x scale). A view is chosen in the training config and applied when a
-batch is built, so one snapshot serves all of them.
+batch is built, so one snapshot serves all of them. A view is a gain and a shift per channel, from its tag, and a
+limit, so that a batch travels as int16 and becomes float32 on the device (`dequantise`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from manifests.errors import ConfigError
 
-View = Callable[[np.ndarray, Sequence[Mapping[str, Any]]], np.ndarray]
+Tag = Mapping[str, Any]
+Affine = Callable[[Sequence[Tag]], tuple[np.ndarray, np.ndarray]]
 
 # The clip keeps an electrode pop from owning a batch's gradient. A QRS complex reaches 20 x MAD, a slow wave 8 sd.
 ZSCORE_LIMIT = 8.0
@@ -21,59 +25,99 @@ ROBUST_LIMIT = 20.0
 CLAMP_LIMIT_UV = 50.0
 MAD_TO_SD = 1.4826  # of a normal distribution
 MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+_LARGEST = float(np.finfo(np.float32).max)
 
 
-def zscore_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Window in standard deviations of its recording, clipped to +-8: float32 (C, T).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A normalisation: stored x gain + shift within +-limit.
 
-    Mean and sd are the recording's, from the tag, so the level of a window against its night survives (SleepFM's
-    whole-night z-score). A channel whose sd is 0 or unknown becomes zeros.
+    Attributes:
+        affine: Gain and shift per channel, from the tags.
+        limit: Largest magnitude of the result.
+        is_robust: Gain and shift come from the window's median and MAD instead.
+    """
+
+    affine: Affine
+    limit: float
+    is_robust: bool = False
+
+    def __call__(self, stored_CT: np.ndarray, tags: Sequence[Tag]) -> np.ndarray:
+        """The view of a window: float32 (C, T)."""
+        gain_C, shift_C = scaling(self, tags)
+        stored = torch.from_numpy(stored_CT if stored_CT.flags.writeable else stored_CT.copy())
+        return dequantise(stored, torch.from_numpy(gain_C), torch.from_numpy(shift_C), view=self).numpy()
+
+
+def scaling(view: View, tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and shift per channel as finite float32: infinity x 0 is no number. A gain that is none becomes 0."""
+    gain_C, shift_C = (
+        np.nan_to_num(np.clip(values, -_LARGEST, _LARGEST)).astype(np.float32) for values in view.affine(tags)
+    )
+    return gain_C, shift_C
+
+
+def dequantise(stored_RT: torch.Tensor, gain_R: torch.Tensor, shift_R: torch.Tensor, *, view: View) -> torch.Tensor:
+    """float32 (R, T) of int16 rows, on their device."""
+    if view.is_robust:
+        signal_RT = stored_RT - _median(stored_RT)[:, None]
+        spread_R = MAD_TO_SD * _median(signal_RT.abs())
+        spread_R = torch.where(spread_R > 0, spread_R, signal_RT.std(dim=1, correction=0))
+        signal_RT *= torch.where(spread_R > 0, 1 / spread_R, torch.zeros_like(spread_R))[:, None]
+    else:
+        signal_RT = stored_RT * gain_R[:, None]
+        signal_RT += shift_R[:, None]
+    return signal_RT.clamp_(-view.limit, view.limit)
+
+
+def _median(values_RT: torch.Tensor) -> torch.Tensor:
+    """Median of each row as float32, the mean of the two middle values where their number is even."""
+    length = values_RT.shape[1]
+    place = (length + 1) // 2
+    lower_R = values_RT.kthvalue(place, dim=1).values
+    if length % 2:
+        return lower_R.float()
+    is_upper_RT = values_RT > lower_R[:, None]
+    # The next value is the same one again if more than half of them are not above it.
+    above_R = torch.where(is_upper_RT, values_RT, values_RT.amax(dim=1, keepdim=True)).amin(dim=1)
+    upper_R = torch.where(is_upper_RT.sum(dim=1) < length - place, lower_R, above_R)
+    return (lower_R.float() + upper_R.float()) / 2
+
+
+def _zscore(tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations of the recording, whose mean and sd stand in the tag.
+
+    So the level of a window against its night survives (SleepFM's whole-night z-score). A channel whose sd is 0 or
+    unknown becomes zeros.
     """
     scale, mean, sd = (_column(tags, name) for name in ("scale", "mean", "sd"))
-    gain = _divide(scale, sd)
-    shift = -_divide(mean, sd)
-    return _bounded(_affine(stored_CT, gain, shift), ZSCORE_LIMIT)
+    return _divide(scale, sd), -_divide(mean, sd)
 
 
-def robust_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Window minus its median over 1.4826 x its MAD, clipped to +-20: float32 (C, T).
+def _robust(tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
+    """Nothing of the tags: (window - median) / (1.4826 x MAD), in which the unit cancels.
 
-    Needs nothing but the window. Where more than half of the samples are equal the MAD is 0 and the window's sd
-    takes its place; a flat channel becomes zeros.
+    Where more than half of the samples are equal the MAD is 0 and the window's sd takes its place; a flat channel
+    becomes zeros.
     """
-    del tags  # medians and deviations scale with the data: the unit cancels
-    centred = np.asarray(stored_CT, dtype=np.float32)
-    centred = centred - np.median(centred, axis=1, keepdims=True)
-    spread = MAD_TO_SD * np.median(np.abs(centred), axis=1)
-    spread = np.where(spread > 0, spread, centred.std(axis=1))
-    return _bounded(_affine(centred, _divide(np.ones_like(spread), spread), np.zeros_like(spread)), ROBUST_LIMIT)
+    return np.ones(len(tags)), np.zeros(len(tags))
 
 
-def labram_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Window in units of 100 uV: float32 (C, T) (LaBraM).
-
-    Raises:
-        ConfigError: A channel is not a voltage.
-    """
-    gain = _column(tags, "scale") * _to_microvolts(tags, "labram") / 100.0
-    return _bounded(_affine(stored_CT, gain, np.zeros_like(gain)), float(np.finfo(np.float32).max))
+def _labram(tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
+    """Units of 100 uV (LaBraM); ConfigError for a channel that is not a voltage."""
+    return _column(tags, "scale") * _to_microvolts(tags, "labram") / 100.0, np.zeros(len(tags))
 
 
-def clamp_view(stored_CT: np.ndarray, tags: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Window clamped to +-50 uV, in units of 10 uV: float32 (C, T) (SleepFM's transfer to wake EEG).
-
-    Raises:
-        ConfigError: A channel is not a voltage.
-    """
-    gain = _column(tags, "scale") * _to_microvolts(tags, "clamp") / 10.0
-    return _bounded(_affine(stored_CT, gain, np.zeros_like(gain)), CLAMP_LIMIT_UV / 10.0)
+def _clamp(tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
+    """Units of 10 uV (SleepFM's transfer to wake EEG); ConfigError for a channel that is not a voltage."""
+    return _column(tags, "scale") * _to_microvolts(tags, "clamp") / 10.0, np.zeros(len(tags))
 
 
 VIEWS: dict[str, View] = {
-    "zscore": zscore_view,
-    "robust": robust_view,
-    "labram": labram_view,
-    "clamp": clamp_view,
+    "zscore": View(affine=_zscore, limit=ZSCORE_LIMIT),
+    "robust": View(affine=_robust, limit=ROBUST_LIMIT, is_robust=True),
+    "labram": View(affine=_labram, limit=_LARGEST),
+    "clamp": View(affine=_clamp, limit=CLAMP_LIMIT_UV / 10.0),
 }
 
 
@@ -88,7 +132,7 @@ def find_view(name: str) -> View:
     return VIEWS[name]
 
 
-def _column(tags: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def _column(tags: Sequence[Tag], name: str) -> np.ndarray:
     return np.array([np.nan if tag[name] is None else tag[name] for tag in tags], dtype=np.float64)
 
 
@@ -100,22 +144,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(ratio), ratio, 0.0)
 
 
-def _affine(stored_CT: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Stored x gain + shift as float32. What overflows becomes infinite here and is bounded by the caller."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        gain32, shift32 = gain.astype(np.float32)[:, None], shift.astype(np.float32)[:, None]
-        out = np.multiply(stored_CT, gain32, dtype=np.float32)
-        out += shift32
-    return out
-
-
-def _bounded(view_CT: np.ndarray, limit: float) -> np.ndarray:
-    """The same values within +-limit; what is not a number (an array that did not come from int16) becomes 0."""
-    np.nan_to_num(view_CT, copy=False, nan=0.0, posinf=limit, neginf=-limit)
-    return np.clip(view_CT, -limit, limit, out=view_CT)
-
-
-def _to_microvolts(tags: Sequence[Mapping[str, Any]], view: str) -> np.ndarray:
+def _to_microvolts(tags: Sequence[Tag], view: str) -> np.ndarray:
     for tag in tags:
         if tag["unit"] not in MICROVOLTS:
             raise ConfigError(

@@ -29,7 +29,7 @@ def make_window(symbols, *, key="w0", rate=64, seconds=4):
 
 def test_channels_lie_in_the_order_of_kinds_padded_with_a_false_mask():
     few, many = make_window(["ecg:II"]), make_window(["ecg:II", "eeg:C3-M2", "eeg:C4-M1"], key="w1")
-    batch = collate_channels([few, many], kinds=("eeg", "ecg"), view="zscore")
+    batch = collate_channels([few, many], kinds=("eeg", "ecg"), view="zscore").to("cpu")
     assert batch.signal_BCT.shape == (2, 3, 256)
     assert batch.signal_BCT.dtype == torch.float32
     assert batch.mask_BC.tolist() == [[True, False, False], [True, True, True]]
@@ -48,20 +48,20 @@ def test_channels_lie_in_the_order_of_kinds_padded_with_a_false_mask():
 def test_rows_that_are_not_signals_never_enter(role):
     window = make_window(["eeg:C3-M2", "eeg:C4-M1"])
     window.meta["ucs"]["eeg"][0]["role"] = role
-    batch = collate_channels([window], kinds=("eeg",), view="zscore")
+    batch = collate_channels([window], kinds=("eeg",), view="zscore").to("cpu")
     assert batch.mask_BC.tolist() == [[True]]
     np.testing.assert_allclose(batch.signal_BCT[0, 0].numpy(), window.arrays["eeg"][1] * 0.01, atol=1e-6)
 
 
 def test_a_channel_list_selects_symbols():
     window = make_window(["eeg:C3-M2", "eeg:C4-M1"])
-    batch = collate_channels([window], kinds=("eeg",), view="zscore", channels=["eeg:C4-M1"])
+    batch = collate_channels([window], kinds=("eeg",), view="zscore", channels=["eeg:C4-M1"]).to("cpu")
     np.testing.assert_allclose(batch.signal_BCT[0, 0].numpy(), window.arrays["eeg"][1] * 0.01, atol=1e-6)
     assert batch.mask_BC.sum() == 1
 
 
 def test_a_window_without_such_channels_keeps_a_masked_row():
-    batch = collate_channels([make_window(["eeg:C3-M2"])], kinds=("ecg",), view="zscore")
+    batch = collate_channels([make_window(["eeg:C3-M2"])], kinds=("ecg",), view="zscore").to("cpu")
     assert batch.signal_BCT.shape == (1, 1, 256)
     assert not batch.mask_BC.any()
     assert not batch.signal_BCT.any()

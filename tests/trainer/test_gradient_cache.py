@@ -67,7 +67,7 @@ def parts_of(objective: Any, windows: list[Window], *, rank: int = 0, world: int
 def whole_gradients(objective: Any, windows: list[Window]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Gradients and metrics of the undivided batch, by torch alone."""
     objective.zero_grad()
-    loss, metrics = objective(objective.collate(windows, seed=0))
+    loss, metrics = objective(objective.collate(windows, seed=0).to("cpu"))
     loss.backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}, metrics
 
@@ -125,7 +125,7 @@ def test_the_second_pass_draws_the_same_dropout(tiny_snapshot: Path, monkeypatch
     model = TorchModel(objective)
 
     torch.manual_seed(5)
-    embedded = [objective.embed(part) for part in parts]
+    embedded = [objective.embed(part.to("cpu")) for part in parts]
     objective.zero_grad()
     together = {name: torch.cat([e[name] for e in embedded]) for name in embedded[0]}
     objective.loss({**together, "log_scale": objective.log_scale})[0].backward()

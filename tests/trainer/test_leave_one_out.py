@@ -5,11 +5,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from manifests.channels import ChannelTag, resolve
+from manifests.channels import KINDS, ChannelTag, resolve
+from manifests.errors import ConfigError
 from trainer.batches import stable_hash
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
 from trainer.objectives.build import OBJECTIVES, ObjectiveConfig, build_objective
 from trainer.objectives.leave_one_out import LeaveOneOutConfig, bounded, leave_one_out_loss
+from trainer.objectives.modalities import GROUP_MAPS
 from trainer.read import Window
 
 SCALE = torch.tensor([5.0], dtype=torch.float64)
@@ -213,7 +215,7 @@ def test_absent_modality_has_zero_gradient_through_the_encoder():
     """Whatever stands in the rows of an absent modality, neither loss nor gradient may change."""
     objective = make_objective()
     windows = [make_window(0), make_window(1, ("eeg:C3-M2", "ecg:II")), make_window(2)]
-    batch = objective.collate(windows, seed=0)
+    batch = objective.collate(windows, seed=0).to("cpu")
     assert batch.available_NM.tolist() == [[True] * 4, [True, False, True, False], [True] * 4]
     resp = batch.groups[1].signal_BCT = batch.groups[1].signal_BCT.double().requires_grad_()
     loss, _ = objective(batch)
@@ -223,16 +225,71 @@ def test_absent_modality_has_zero_gradient_through_the_encoder():
     assert resp.grad[0].any()
 
 
+def test_missing_modalities_train():
+    """SleepFM drops a recording that lacks one of its modalities; here its other modalities learn."""
+    objective = make_objective()
+    windows = [make_window(n, ("eeg:C3-M2", "ecg:II")) for n in range(2)] + [
+        make_window(2, ("resp:thorax", "emg:chin"))
+    ]
+    batch = objective.collate(windows, seed=0).to("cpu")
+    assert not batch.available_NM.all(dim=1).any()
+    loss, metrics = objective(batch)
+    assert float(metrics["anchors"]) == 6
+    loss.backward()
+    signal_gradient = objective.encoder.temporal_encoder.project.weight.grad
+    assert signal_gradient is not None
+    assert signal_gradient.abs().sum() > 0
+
+
+def test_group_maps_hold_each_source_in_one_modality():
+    """As published, pulse stands with breathing and gives the ECG away; cleaned, it stands with the heart."""
+    published = LeaveOneOutConfig(groups="sleepfm").modalities
+    cleaned = LeaveOneOutConfig(groups="kymo").modalities
+    assert list(published) == list(cleaned) == ["BAS", "RESP", "EKG", "EMG"]
+    assert {"ppg", "hr", "resp", "spo2", "snore"} == set(published["RESP"])
+    assert published["EKG"] == ("ecg",)
+    assert set(cleaned["RESP"]) == {"resp", "spo2", "snore"}
+    assert set(cleaned["EKG"]) == {"ecg", "ppg"}
+    assert "hr" not in {kind for kinds in cleaned.values() for kind in kinds}
+    for groups in (published, cleaned):
+        assert {kind for kinds in groups.values() for kind in kinds} <= set(KINDS)
+
+
+def test_a_named_map_equals_its_groups_written_out():
+    windows = [make_window(n) for n in range(3)]
+    named, free = make_objective(groups="sleepfm"), make_objective(groups=dict(GROUP_MAPS["sleepfm"]))
+    losses = [objective(objective.collate(windows, seed=0).to("cpu"))[0] for objective in (named, free)]
+    assert torch.equal(*losses)
+
+
+def test_a_kind_in_two_modalities_is_refused():
+    with pytest.raises(ValidationError, match="eeg stands twice"):
+        LeaveOneOutConfig(groups={"A": ("eeg", "eog"), "B": ("eeg",)})
+
+
+def test_modalities_of_two_rates_take_a_pass_each():
+    windows = [make_window(n) for n in range(3)]
+    for window in windows:
+        window.arrays["resp"] = window.arrays["resp"][:, ::2].copy()
+        for tag in window.meta["ucs"]["resp"]:
+            tag["rate"] = [32, 1]
+    objective = make_objective()
+    with pytest.raises(ConfigError, match=r"64 Hz x 256.*32 Hz x 128.*one_pass"):
+        objective(objective.collate(windows, seed=0).to("cpu"))
+    apart = make_objective(one_pass=False)
+    assert torch.isfinite(apart(apart.collate(windows, seed=0).to("cpu"))[0])
+
+
 @pytest.mark.parametrize(("one_pass", "calls"), [(True, 1), (False, 4)])
 def test_a_modality_that_no_window_has_still_runs_and_contributes_nothing(one_pass, calls):
     objective = make_objective(one_pass=one_pass)
     runs = []
     objective.encoder.register_forward_hook(lambda *_: runs.append(1))
     windows = [make_window(n, ("eeg:C3-M2", "ecg:II")) for n in range(3)]
-    loss, _ = objective(objective.collate(windows, seed=0))
+    loss, _ = objective(objective.collate(windows, seed=0).to("cpu"))
     assert len(runs) == calls
     pair = make_objective(groups={"BAS": ("eeg",), "EKG": ("ecg",)})
-    expected, _ = pair(pair.collate(windows, seed=0))
+    expected, _ = pair(pair.collate(windows, seed=0).to("cpu"))
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
     loss.backward()
     expected.backward()
@@ -245,7 +302,7 @@ def test_one_pass_equals_a_pass_per_modality():
     results = []
     for one_pass in (True, False):
         objective = make_objective(one_pass=one_pass)
-        loss, _ = objective(objective.collate(windows, seed=0))
+        loss, _ = objective(objective.collate(windows, seed=0).to("cpu"))
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in objective.parameters())])
     for one, several in zip(*results, strict=True):
@@ -255,14 +312,14 @@ def test_one_pass_equals_a_pass_per_modality():
 def test_padding_and_batch_mates_change_no_embedding():
     objective = make_objective()
     windows = [make_window(0, ("eeg:C3-M2", "ecg:II")), make_window(1)]
-    both = objective.embed(objective.collate(windows, seed=0))["embedding_NMD"]
-    alone = objective.embed(objective.collate(windows[:1], seed=0))["embedding_NMD"]
+    both = objective.embed(objective.collate(windows, seed=0).to("cpu"))["embedding_NMD"]
+    alone = objective.embed(objective.collate(windows[:1], seed=0).to("cpu"))["embedding_NMD"]
     torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-10)
 
 
 def test_train_equals_eval_without_dropout():
     objective = make_objective()
-    batch = objective.collate([make_window(n) for n in range(3)], seed=0)
+    batch = objective.collate([make_window(n) for n in range(3)], seed=0).to("cpu")
     assert torch.equal(objective.train()(batch)[0], objective.eval()(batch)[0])
 
 
@@ -270,7 +327,7 @@ def test_the_scale_is_learnt_and_never_0_dim():
     objective = make_objective()
     assert objective.log_scale.shape == (1,)
     assert float(objective.log_scale.detach()) == pytest.approx(np.log(1 / 0.07))
-    loss, metrics = objective(objective.collate([make_window(n) for n in range(3)], seed=0))
+    loss, metrics = objective(objective.collate([make_window(n) for n in range(3)], seed=0).to("cpu"))
     loss.backward()
     assert objective.log_scale.grad.abs() > 0
     assert float(metrics["temperature"]) == pytest.approx(0.07)
@@ -284,7 +341,7 @@ def test_the_scale_is_learnt_and_never_0_dim():
 def test_the_scale_stays_within_its_limits(options, start, high):
     """CLIP's [1, 100]; SleepFM starts at tau = 0, sets it back to 0 when negative, and knows no upper limit."""
     objective = make_objective(**options)
-    batch = objective.collate([make_window(n) for n in range(3)], seed=0)
+    batch = objective.collate([make_window(n) for n in range(3)], seed=0).to("cpu")
     assert float(objective(batch)[1]["scale"]) == pytest.approx(start)
     objective.log_scale.data.fill_(-99.0)
     assert float(objective(batch)[1]["scale"]) == 1.0
@@ -307,18 +364,18 @@ def test_a_scale_outside_its_limits_comes_back(value, expected):
 def test_channel_dropout_depends_on_the_key_alone_and_keeps_a_channel():
     objective = make_objective(channel_dropout=0.9)
     windows = [make_window(n) for n in range(20)]
-    masks = objective.collate(windows, seed=3).groups[0].mask_BC
+    masks = objective.collate(windows, seed=3).to("cpu").groups[0].mask_BC
     assert masks.any(dim=1).all()
     assert masks.sum() < 2 * 20
-    turned = objective.collate(windows[::-1], seed=3).groups[0].mask_BC
+    turned = objective.collate(windows[::-1], seed=3).to("cpu").groups[0].mask_BC
     assert torch.equal(masks, turned.flip(0))
-    assert not torch.equal(masks, objective.collate(windows, seed=4).groups[0].mask_BC)
+    assert not torch.equal(masks, objective.collate(windows, seed=4).to("cpu").groups[0].mask_BC)
 
 
 def test_recordings_are_told_apart_by_corpus_and_name():
     objective = make_objective()
     windows = [make_window(0, recording="a"), make_window(1, recording="a"), make_window(2, recording="b")]
-    recording = objective.collate(windows, seed=0).recording_N.tolist()
+    recording = objective.collate(windows, seed=0).to("cpu").recording_N.tolist()
     assert recording[0] == recording[1] == stable_hash("c", "a") != recording[2]
 
 
@@ -332,7 +389,7 @@ def test_it_learns_a_shared_latent():
         for kind, array in window.arrays.items():
             window.arrays[kind] = (wave + 0.1 * array).astype(np.int16)
         windows.append(window)
-    batch = objective.collate(windows, seed=0)
+    batch = objective.collate(windows, seed=0).to("cpu")
     optimiser = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):

@@ -8,7 +8,7 @@ import pytest
 
 from manifests.errors import ContractError
 from trainer.data import Order, SampleFilter, SnapshotSource, load_streams
-from trainer.read import SnapshotReader, Window, _Buffers, iterate
+from trainer.read import SnapshotReader, Window, iterate
 
 
 def order_of(folder: Path, *, global_batch: int = 6) -> Order:
@@ -112,13 +112,3 @@ def test_a_shard_that_is_gone_or_short_is_a_failed_read(tiny_snapshot: Path, tmp
     short.write_bytes(short.read_bytes()[:2000])
     with pytest.raises(ContractError, match="cannot be read"):
         SnapshotReader(order.streams, max_replaced=5).read([a for b in range(6) for a in order.batch(b)], order=order)
-
-
-def test_a_buffer_is_lent_again_only_when_nothing_refers_to_it() -> None:
-    buffers = _Buffers(limit=3)
-    array = np.frombuffer(buffers.take(100).data[10:20], dtype=np.uint8)  # the chain of a window's array
-    address = array.__array_interface__["data"][0] - 10
-    other = buffers.take(100)
-    assert other.__array_interface__["data"][0] != address
-    del array
-    assert buffers.take(80).__array_interface__["data"][0] == address

@@ -1,4 +1,4 @@
-"""The data side of NT-Xent: one crop of one channel of each window, in two augmented views."""
+"""The data side of NT-Xent: crops of single channels of each window, in two augmented views."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from manifests.errors import ConfigError
 from trainer.augment import AugmentConfig, augment
 from trainer.batches import ChannelBatch, channel_ids, generator, move, row_rate_hz, signal_rows, stable_hash
-from trainer.read import Window
+from trainer.read import Window, read_rows
 from trainer.views import find_view
 
 NUM_VIEWS = 2
@@ -32,6 +32,7 @@ class CropConfig(BaseModel):
     channels: tuple[str, ...] | None = None
     rates_hz: tuple[float, ...] = Field(default=(128.0,), min_length=1)
     crop_s: float = Field(default=4.0, gt=0)
+    crops_per_window: int = Field(default=1, ge=1)
     view: str = "robust"
     augment: AugmentConfig = AugmentConfig()
     id_leak_guard: Literal["drop", "homogeneous", "dropout"] = "drop"
@@ -70,31 +71,35 @@ class Crop:
     start_ms: int
 
 
-def draw_crop(window: Window, config: CropConfig, *, seed: int) -> Crop | None:
-    """A random crop of a random channel in two views, None if the window has no such channel.
+def draw_crops(window: Window, config: CropConfig, *, seed: int) -> list[Crop]:
+    """Random crops of random channels in two views each; none if the window has no such channel.
+
+    No other samples are read. Every draw is a function of (seed, epoch, key), the number of the crop in its window
+    and, for augmentations, the view.
 
     Raises:
         ConfigError: A rate that `rates_hz` does not list, or a window shorter than the crop.
     """
-    rows = signal_rows(window, kinds=config.kinds, channels=config.channels)
-    if not rows:
-        return None
-    rng = generator(seed, window.epoch, window.key, "crop")
+    rows = signal_rows(window.meta["ucs"], kinds=config.kinds, channels=config.channels)
+    return [
+        _draw_crop(window, rows, number, config, seed=seed) for number in range(config.crops_per_window if rows else 0)
+    ]
+
+
+def _draw_crop(window: Window, rows: Sequence[tuple[str, int]], number: int, config: CropConfig, *, seed: int) -> Crop:
+    # The first crop draws as it did when it was the only one.
+    place = (seed, window.epoch, window.key, *([number] if number else []))
+    rng = generator(*place, "crop")
     kind, row = rows[int(rng.integers(len(rows)))]
     tag = window.meta["ucs"][kind][row]
     rate_hz = row_rate_hz(tag)
-    stored_T = window.arrays[kind][row]
-    start = _crop_start(window, stored_T, rate_hz, config, rng)
-    stored_T = stored_T[start : start + round(config.crop_s * rate_hz)]
-    signal_T = find_view(config.view)(stored_T[None, :], [tag])[0]
+    start = _crop_start(window, window.arrays[kind].shape[1], rate_hz, config, rng)
+    stored_1T = np.empty((1, round(config.crop_s * rate_hz)), dtype=np.int16)
+    read_rows(window.arrays[kind], [row], stored_1T, start=start)
+    signal_T = find_view(config.view)(stored_1T, [tag])[0]
     numerator, denominator = window.meta["rate"]
     return Crop(
-        views_2T=np.stack(
-            [
-                augment(signal_T, generator(seed, window.epoch, window.key, view), config.augment)
-                for view in range(NUM_VIEWS)
-            ]
-        ),
+        views_2T=np.stack([augment(signal_T, generator(*place, view), config.augment) for view in range(NUM_VIEWS)]),
         keep_2=_code_keep(config.id_leak_guard, rng),
         rate_hz=rate_hz,
         ids=channel_ids(tag),
@@ -120,18 +125,16 @@ def pack_crops(crops: Sequence[Crop], config: CropConfig) -> NtXentBatch:
     )
 
 
-def _crop_start(
-    window: Window, stored_T: np.ndarray, rate_hz: float, config: CropConfig, rng: np.random.Generator
-) -> int:
+def _crop_start(window: Window, length: int, rate_hz: float, config: CropConfig, rng: np.random.Generator) -> int:
     if rate_hz not in config.rates_hz:
         raise ConfigError(
             f"objective.rates_hz: {window.key} has a channel at {rate_hz:g} Hz, listed are "
             f"{', '.join(f'{rate:g}' for rate in config.rates_hz)}; add the rate or leave its kind out of `kinds`"
         )
-    spare = len(stored_T) - round(config.crop_s * rate_hz)
+    spare = length - round(config.crop_s * rate_hz)
     if spare < 0:
         raise ConfigError(
-            f"objective.crop_s: {config.crop_s:g} s, but {window.key} has {len(stored_T) / rate_hz:g} s; "
+            f"objective.crop_s: {config.crop_s:g} s, but {window.key} has {length / rate_hz:g} s; "
             "shorten the crop or choose a recipe with longer windows"
         )
     return int(rng.integers(spare + 1))

@@ -64,7 +64,7 @@ class LeaveOneOut(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1.0 / config.temperature)))
 
     def collate(self, windows: Sequence[Window], *, seed: int) -> ModalityBatch:
-        """Windows as a batch. Only `channel_dropout` draws, from (seed, epoch, key, modality)."""
+        """Windows as a batch (`collate_modalities`)."""
         return collate_modalities(windows, self.config, seed=seed)
 
     def forward(self, batch: ModalityBatch, finish: Callable[..., Any] | None = None) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from manifests.errors import ConfigError
-from trainer.batches import ChannelBatch, collate_channels, generator, move, stable_hash
+from trainer.batches import ChannelBatch, StoredBatch, collate_channels, draw_cuts, generator, move, stable_hash
 from trainer.read import Window
 
 # Modality to the kinds of its channels.
@@ -42,6 +42,7 @@ class ModalityConfig(BaseModel):
         groups: Modality to the kinds of its channels, or the name of one of `GROUP_MAPS`.
         view: Name in `trainer.views.VIEWS`.
         channels: Symbols to take; null takes all.
+        window_s: Length of the random stretch of a sample that is taken; null takes all of it.
         channel_dropout: Probability with which a channel is hidden; one of each modality always stays.
         one_pass: One call of the encoder for all modalities, which must share rate and length. false: a call each.
     """
@@ -53,6 +54,7 @@ class ModalityConfig(BaseModel):
     )
     view: str = "zscore"
     channels: tuple[str, ...] | None = None
+    window_s: float | None = Field(default=None, gt=0)
     channel_dropout: float = Field(default=0.0, ge=0, lt=1)
     one_pass: bool = True
 
@@ -71,9 +73,9 @@ class ModalityConfig(BaseModel):
 
 @dataclass(slots=True, kw_only=True)
 class ModalityBatch:
-    """One ChannelBatch per modality, all with the same N windows in the same order."""
+    """One ChannelBatch per modality, on the host a StoredBatch, all with the same N windows in the same order."""
 
-    groups: tuple[ChannelBatch, ...]
+    groups: tuple[Any, ...]
     available_NM: torch.Tensor
     recording_N: torch.Tensor
 
@@ -83,10 +85,11 @@ class ModalityBatch:
 
 
 def collate_modalities(windows: Sequence[Window], config: ModalityConfig, *, seed: int) -> ModalityBatch:
-    """Windows as a batch. Only `channel_dropout` draws, from (seed, epoch, key, modality)."""
+    """Windows as a batch. `window_s` draws from (seed, epoch, key), `channel_dropout` from these and the modality."""
     groups = []
+    cuts = None if config.window_s is None else draw_cuts(windows, config.window_s, seed=seed)
     for name, kinds in config.modalities.items():
-        group = collate_channels(windows, kinds=kinds, view=config.view, channels=config.channels)
+        group = collate_channels(windows, kinds=kinds, view=config.view, channels=config.channels, cuts=cuts)
         if config.channel_dropout > 0:
             _drop_channels(group, windows, name, seed=seed, probability=config.channel_dropout)
         groups.append(group)
@@ -130,7 +133,7 @@ def merge_groups(groups: Sequence[ChannelBatch]) -> ChannelBatch:
     )
 
 
-def _drop_channels(group: ChannelBatch, windows: Sequence[Window], name: str, *, seed: int, probability: float) -> None:
+def _drop_channels(group: StoredBatch, windows: Sequence[Window], name: str, *, seed: int, probability: float) -> None:
     """Hides random channels of a group in place, always keeping one of those a window has."""
     for b, window in enumerate(windows):
         real = int(group.mask_BC[b].sum())

@@ -22,7 +22,7 @@ from trainer.batches import ChannelBatch
 from trainer.collectives import all_gather_rows, all_gather_with_grad, gather_sizes, rank, sum_over_ranks, world_size
 from trainer.models.build import Encoder
 from trainer.models.univariate import UnivariateEncoder
-from trainer.objectives.crops import NUM_VIEWS, CropConfig, NtXentBatch, draw_crop, pack_crops
+from trainer.objectives.crops import NUM_VIEWS, CropConfig, NtXentBatch, draw_crops, pack_crops
 from trainer.read import Window
 
 
@@ -56,8 +56,8 @@ class NtXent(nn.Module):
             raise ConfigError(f"objective.rates_hz: {list(config.rates_hz)} is not sorted without repeats; sort it")
         if config.mix_rates and len(config.rates_hz) < 2:
             raise ConfigError(
-                f"objective.mix_rates: rates_hz is {list(config.rates_hz)}, two rates or more are needed; add one, it need "
-                "not occur in the data"
+                f"objective.mix_rates: rates_hz is {list(config.rates_hz)}, two rates or more are needed; add one, it "
+                "need not occur in the data"
             )
         self.encoder = encoder
         self.config = config
@@ -65,11 +65,11 @@ class NtXent(nn.Module):
         self.fc2 = nn.Linear(encoder.width, config.projection)
 
     def collate(self, windows: Sequence[Window], *, seed: int) -> NtXentBatch:
-        """One crop in two views per window; a window without any such channel gives none.
+        """`crops_per_window` crops in two views each; a window without any such channel gives none.
 
-        Every draw is a function of (seed, epoch, key) and, for augmentations, the view.
+        Every draw is a function of (seed, epoch, key), the crop and, for augmentations, the view.
         """
-        drawn = [crop for window in windows if (crop := draw_crop(window, self.config, seed=seed)) is not None]
+        drawn = [crop for window in windows for crop in draw_crops(window, self.config, seed=seed)]
         return pack_crops(drawn, self.config)
 
     def forward(self, batch: NtXentBatch, finish: Callable[..., Any] | None = None) -> Any:

@@ -1,0 +1,40 @@
+import numpy as np
+import torch
+
+from trainer.memory import Buffers, stored_rows
+
+
+def address_of(memory: memoryview) -> int:
+    return np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]
+
+
+def test_a_buffer_is_lent_again_only_when_nothing_refers_to_it() -> None:
+    buffers = Buffers(limit=3)
+    array = np.frombuffer(buffers.take(100)[10:20], dtype=np.uint8)  # the chain of a window's array
+    address = array.__array_interface__["data"][0] - 10
+    other = buffers.take(100)
+    assert address_of(other) != address
+    del array
+    assert address_of(buffers.take(80)) == address
+
+
+def test_the_smallest_buffer_that_is_large_enough_is_lent() -> None:
+    buffers = Buffers(limit=3)
+    large, small = buffers.take(100_000), buffers.take(1000)
+    addresses = address_of(large), address_of(small)
+    del large, small
+    first, second = buffers.take(500), buffers.take(50_000)
+    assert (address_of(second), address_of(first)) == addresses
+
+
+def test_rows_of_a_batch_keep_their_memory_and_give_it_back() -> None:
+    rows = stored_rows(3, 1000)
+    assert rows.dtype == torch.int16
+    assert rows.shape == (3, 1000)
+    address = rows.data_ptr()
+    part = rows[1:]
+    del rows
+    assert stored_rows(3, 1000).data_ptr() != address  # `part` refers to it
+    del part
+    assert stored_rows(3, 1000).data_ptr() == address
+    assert stored_rows(0, 1000).shape == (0, 1000)
