@@ -7,7 +7,7 @@ window is read that has no label.
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from manifests.errors import ConfigError
 from manifests.recipes import Recipe
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
 from manifests.tasks import Task, chosen_symbols, lacking, window_labels
-from trainer.data import Address, Order, SampleFilter, SnapshotSource, Stream, load_streams
+from trainer.data import Address, Order
+from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window
+from trainer.samples import SnapshotSource, Stream, load_streams
 
 logger = logging.getLogger(__name__)
 
@@ -162,16 +164,7 @@ def _streams(task: Task, run: TaskRun, *, split: str, targets: dict[str, tuple[i
             rows = np.asarray(groups[group])
             total = sizes[group] if group else len(targets)
             weight = total ** (task.balance if group else 1.0) * len(rows) / total
-            streams.append(
-                replace(
-                    stream,
-                    keys=stream.keys[rows],
-                    shard=stream.shard[rows],
-                    offset=stream.offset[rows],
-                    num_bytes=stream.num_bytes[rows],
-                    weight=weight,
-                )
-            )
+            streams.append(stream.take(rows, weight=weight))
     return tuple(streams)
 
 

@@ -23,8 +23,10 @@ import h5py
 import numpy as np
 import webdataset
 
-from trainer.data import Order, SampleFilter, SnapshotSource, load_streams
+from trainer.data import Order
+from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window
+from trainer.samples import SnapshotSource, load_streams
 from trainer.tiny import write_tiny_snapshot
 
 CHANNELS = {

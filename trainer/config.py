@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from manifests.config import digest
-from trainer.data import SampleFilter, SnapshotSource
+from trainer.filters import SampleFilter
+from trainer.mixture import CorpusWeights, CurriculumStep
 from trainer.models.build import EncoderConfig
 from trainer.objectives.build import ObjectiveConfig
+from trainer.samples import Shape, SnapshotSource
 
 # May change between two starts of one run: they shape how it is run, not what is computed.
 FREE_KEYS = frozenset(
@@ -31,12 +33,13 @@ FREE_KEYS = frozenset(
         "read_threads",
         "prefetch",
         "max_replaced",
+        "curriculum",  # of the steps to come: trainer/data.py refuses a change of those that were done
         "faults",
         "ray",
     }
 )
 # What the order of samples depends on, beside the snapshots, the seed and the batch size, which its state names.
-ORDER_KEYS = ("split", "filter", "snapshots")
+ORDER_KEYS = ("split", "filter", "bucket_by", "snapshots")
 
 
 _Count = Annotated[int, Field(ge=1)]
@@ -100,6 +103,10 @@ class PretrainConfig(_Section):
     snapshots: Annotated[list[SnapshotSource], Field(min_length=1)]
     split: str = "train"
     filter: SampleFilter = SampleFilter()
+    weights: CorpusWeights | None = None  # of corpora in the mixture; null: the snapshots' weights
+    curriculum: list[CurriculumStep] = []  # other weights from later steps on; may be changed for steps to come
+    # All windows of a step have one rate, length (in samples) or number of channels (up to 1, 2, 4, 8, …).
+    bucket_by: list[Shape] = []
     encoder: EncoderConfig
     objective: ObjectiveConfig
     global_batch: Annotated[int, Field(ge=2)] = 64  # windows of one optimizer step, over all workers

@@ -6,74 +6,30 @@ every stream by the mixture's closed form; nothing is padded and nothing dropped
 batches and never the order, so their number may change at any resume.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
 
 from manifests.config import digest
 from manifests.errors import ConfigError, ContractError
-from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
-from trainer.mixture import Segment, cycle_totals, interleave, stream_positions
+from trainer.mixture import (
+    CurriculumStep,
+    Segment,
+    corpus_weights,
+    interleave,
+    new_segment,
+    stream_positions,
+)
+from trainer.samples import Stream
 
 ORDER_VERSION = 1
 BLOCK_SAMPLES = 100_000
 BLOCK_SHARDS = 10
-
-
-class SampleFilter(BaseModel):
-    """Which samples of a snapshot take part; chosen from samples.parquet without opening a tar."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kinds: list[str] | None = None  # count only these kinds; None = all
-    min_kinds: Annotated[int, Field(ge=1)] = 1  # so many of them must be present
-    min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
-    corpora: list[str] | None = None
-    labelled: bool = False  # only windows with a stage or a class
-
-
-class SnapshotSource(BaseModel):
-    """A snapshot folder and its weight in the mixture (None for all: proportional to size)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    weight: Annotated[float, Field(gt=0)] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stream:
-    """One corpus of one snapshot after filters, sorted by shard and ordinal. N samples.
-
-    Attributes:
-        snapshot: Digest of the snapshot.
-        shards: Path of every shard of the snapshot.
-        keys: (N,) sample keys.
-        shard: (N,) int32 index into `shards`.
-        offset: (N,) int64, byte where the sample's tar blocks begin.
-        num_bytes: (N,) int64, their length in bytes.
-    """
-
-    snapshot: str
-    corpus: str
-    shards: tuple[Path, ...]
-    keys: np.ndarray
-    shard: np.ndarray
-    offset: np.ndarray
-    num_bytes: np.ndarray
-    weight: float
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,77 +40,6 @@ class Address:
     position: int
     epoch: int
     row: int
-
-
-def load_streams(sources: Sequence[SnapshotSource], *, split: str, keep: SampleFilter) -> list[Stream]:
-    """Streams of the snapshots after filters, in the order of the sources and of corpus names.
-
-    Raises:
-        ConfigError: Nothing is left, or only some snapshots have a weight.
-        ContractError: A snapshot or its samples.parquet was changed after it was written.
-    """
-    if len({source.weight is None for source in sources}) > 1:
-        raise ConfigError("snapshots: give a weight to all of them or to none")
-    streams: list[Stream] = []
-    for source in sources:
-        streams += _streams_of(source, split=split, keep=keep)
-    if not streams:
-        paths = ", ".join(source.path for source in sources)
-        raise ConfigError(
-            f"{paths}: no sample of split {split!r} (of train, val, test) passes {keep}; widen the filter"
-        )
-    return streams
-
-
-def _streams_of(source: SnapshotSource, *, split: str, keep: SampleFilter) -> list[Stream]:
-    folder = Path(source.path)
-    snapshot = load_snapshot(folder)
-    table = _read_samples(folder, snapshot)
-    mask = pc.equal(table["split"], split)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
-    chosen = table.filter(mask).to_pandas()
-    wanted = set(keep.kinds) if keep.kinds is not None else None
-    present = chosen["kinds"].map(lambda kinds: len(set(kinds) & wanted) if wanted is not None else len(kinds))
-    chosen = chosen[(present >= keep.min_kinds) & (chosen["quality"] >= keep.min_quality)]
-    if keep.corpora is not None:
-        chosen = chosen[chosen["corpus"].isin(keep.corpora)]
-    if keep.labelled:
-        has_class = chosen["classes"].map(lambda classes: classes is not None and len(classes) > 0)
-        chosen = chosen[has_class | (chosen["stage"].notna() & (chosen["stage"] != "?"))]
-    paths = [entry.path for entry in snapshot.shards]
-    number = {path: index for index, path in enumerate(paths)}
-    for entry in snapshot.shards:
-        path = folder / entry.path
-        size = path.stat().st_size if path.is_file() else -1
-        if size != entry.num_bytes:
-            found = f"has {size} bytes" if size >= 0 else "is missing"
-            raise ContractError(f"{path}: {found}, {entry.num_bytes} were written; run kymo convert again to mend it")
-    if unknown := set(chosen["shard"]) - number.keys():
-        raise ContractError(f"{folder}: {SAMPLES_FILE} names shard {min(unknown)!r}, which the snapshot lacks")
-    chosen = chosen.assign(shard=chosen["shard"].map(number)).sort_values(["corpus", "shard", "ordinal"])
-    return [
-        Stream(
-            snapshot=snapshot.digest,
-            corpus=str(corpus),
-            shards=tuple(folder / path for path in paths),
-            keys=rows["key"].to_numpy(dtype=object),
-            shard=rows["shard"].to_numpy(dtype=np.int32),
-            offset=rows["offset"].to_numpy(dtype=np.int64),
-            num_bytes=rows["num_bytes"].to_numpy(dtype=np.int64),
-            weight=len(rows) if source.weight is None else source.weight * len(rows) / len(chosen),
-        )
-        for corpus, rows in chosen.groupby("corpus", sort=True)
-    ]
-
-
-def _read_samples(folder: Path, snapshot: Snapshot) -> Any:
-    path = folder / SAMPLES_FILE
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ContractError(f"{path}: cannot be read ({error.strerror}); finalise the snapshot again") from None
-    if hashlib.sha256(content).hexdigest() != snapshot.samples_sha256:
-        raise ContractError(f"{path}: its SHA-256 is not the snapshot's; restore the file or finalise again")
-    return pq.read_table(path)
 
 
 def permutation(shard: np.ndarray, *, key: Sequence[Any]) -> np.ndarray:
@@ -209,7 +94,7 @@ def part_sizes(total: int, num_parts: int, *, rank: int, world: int) -> list[int
 
 
 class Order:
-    """Addresses of every global batch, from the streams, the seed and the batch size alone."""
+    """Addresses of every global batch, from the streams, the seed, the batch size and the mixture alone."""
 
     def __init__(
         self, streams: Sequence[Stream], *, seed: int, global_batch: int, segments: Sequence[Segment] = ()
@@ -217,14 +102,28 @@ class Order:
         self.streams = tuple(streams)
         self.seed = seed
         self.global_batch = global_batch
-        totals = cycle_totals([stream.weight for stream in streams], global_batch=global_batch)
-        self.segments = tuple(segments) or (Segment(from_batch=0, totals=totals, base=(0,) * len(self.streams)),)
+        buckets = sorted({stream.bucket for stream in streams})
+        self._bucket = tuple(buckets.index(stream.bucket) for stream in streams)
+        self.segments = tuple(segments) or (self._segment([stream.weight for stream in streams], from_batch=0),)
         # Two epochs of every stream: a batch may straddle their border.
         self._epoch_rows = lru_cache(maxsize=2 * len(self.streams))(self._permute)
+        self._first_needs = lru_cache(maxsize=2 * len(self.streams))(self._find_first_needs)
+
+    def _segment(self, weights: Sequence[float], *, from_batch: int, earlier: Sequence[Segment] = ()) -> Segment:
+        return new_segment(
+            weights, bucket=self._bucket, global_batch=self.global_batch, earlier=earlier, from_batch=from_batch
+        )
+
+    def with_weights(self, weights: Sequence[float], *, from_batch: int) -> "Order":
+        """The same order up to `from_batch`, with another mixture after it; a stream of weight 0 rests."""
+        kept = [segment for segment in self.segments if segment.from_batch < from_batch]
+        segments = [*kept, self._segment(weights, from_batch=from_batch, earlier=kept)]
+        return Order(self.streams, seed=self.seed, global_batch=self.global_batch, segments=segments)
 
     def _permute(self, stream: int, epoch: int) -> np.ndarray:
         item = self.streams[stream]
-        return permutation(item.shard, key=[ORDER_VERSION, item.snapshot, self.seed, item.corpus, epoch])
+        shape = [item.bucket] if item.bucket else []
+        return permutation(item.shard, key=[ORDER_VERSION, item.snapshot, self.seed, item.corpus, epoch, *shape])
 
     def address(self, stream: int, position: int) -> Address:
         """What stands at a position of a stream."""
@@ -234,13 +133,18 @@ class Order:
 
     def batch(self, index: int) -> list[Address]:
         """The G addresses of a global batch, streams interleaved."""
+        return self._addresses(index, [slice(0, self.global_batch)])
+
+    def _addresses(self, index: int, places: Sequence[slice]) -> list[Address]:
+        """Addresses at some places of a global batch."""
         begin, end = stream_positions(self.segments, index), stream_positions(self.segments, index + 1)
-        upcoming = begin.copy()
-        addresses: list[Address] = []
-        for stream in interleave(end - begin):
-            addresses.append(self.address(int(stream), int(upcoming[stream])))
-            upcoming[stream] += 1
-        return addresses
+        stream = interleave(end - begin)
+        position = np.empty_like(stream)
+        position[np.argsort(stream, kind="stable")] = np.concatenate(
+            [np.arange(first, last) for first, last in zip(begin, end, strict=True)]
+        )
+        own = np.concatenate([np.arange(self.global_batch)[part] for part in places])
+        return [self.address(*item) for item in zip(stream[own].tolist(), position[own].tolist(), strict=True)]
 
     def batches(
         self,
@@ -259,25 +163,75 @@ class Order:
         index = start + (worker - start) % num_workers
         parts = part_slices(self.global_batch, num_parts, rank=rank, world=world)
         while True:
-            batch = self.batch(index)
-            yield index, [address for part in parts for address in batch[part]]
+            yield index, self._addresses(index, parts)
             index += num_workers
 
-    def with_weights(self, weights: Sequence[float], *, from_batch: int) -> "Order":
-        """The same order up to `from_batch`, with another mixture after it."""
-        base = tuple(int(position) for position in stream_positions(self.segments, from_batch))
-        totals = cycle_totals(weights, global_batch=self.global_batch)
-        kept = [segment for segment in self.segments if segment.from_batch < from_batch]
-        segments = [*kept, Segment(from_batch=from_batch, totals=totals, base=base)]
-        return Order(self.streams, seed=self.seed, global_batch=self.global_batch, segments=segments)
+    def upcoming_shards(self, batch: int, *, limit: int) -> list[Path]:
+        """The next `limit` shards that are needed for the first time in their epoch at or after a global batch.
+
+        In the order of need, as far as the mixture of that batch goes on. All ranks of a node need the same ones.
+        """
+        segment = next(item for item in reversed(self.segments) if item.from_batch <= batch)
+        found: list[tuple[float, Path]] = []
+        for number, position in enumerate(stream_positions(self.segments, batch).tolist()):
+            item = self.streams[number]
+            per_batch = segment.totals[number] * segment.batches[segment.bucket[number]]
+            if not per_batch:
+                continue
+            epoch, place = divmod(position, len(item))
+            for ahead in range(2):  # to the end of this epoch, then the next one's
+                needs = self._first_needs(number, epoch + ahead)
+                away = needs[:, 0] + ahead * len(item) - place
+                chosen = np.flatnonzero(away >= 0)[:limit]
+                found += [(away[i] / per_batch, item.shards[needs[i, 1]]) for i in chosen]
+        return list(dict.fromkeys(shard for _, shard in sorted(found, key=lambda pair: pair[0])))[:limit]
+
+    def _find_first_needs(self, stream: int, epoch: int) -> np.ndarray:
+        """(place in the epoch, shard) of the first sample of every shard, ascending, int64 of shape (shards, 2)."""
+        shards, first = np.unique(self.streams[stream].shard[self._epoch_rows(stream, epoch)], return_index=True)
+        return np.stack([first, shards], axis=1)[np.argsort(first, kind="stable")]
+
+
+def mixed_order(
+    streams: Sequence[Stream],
+    *,
+    seed: int,
+    global_batch: int,
+    weights: Mapping[str, float] | None = None,
+    curriculum: Sequence[CurriculumStep] = (),
+) -> Order:
+    """Order under the weights of corpora, and under those of the curriculum from its steps on.
+
+    Raises:
+        ConfigError: A corpus has no weight or too small a one, or the steps of the curriculum do not ascend.
+    """
+    corpora, sizes = [stream.corpus for stream in streams], [len(stream) for stream in streams]
+    if weights is not None:
+        shared = corpus_weights(weights, corpora=corpora, sizes=sizes, where="weights")
+        streams = [replace(stream, weight=weight) for stream, weight in zip(streams, shared, strict=True)]
+    order = Order(streams, seed=seed, global_batch=global_batch)
+    for index, item in enumerate(curriculum):
+        where = f"curriculum.{index}"
+        if item.from_step <= order.segments[-1].from_batch:
+            raise ConfigError(f"{where}.from_step: {item.from_step} is not after the one before it; let them ascend")
+        shared = corpus_weights(item.weights, corpora=corpora, sizes=sizes, where=f"{where}.weights")
+        order = order.with_weights(shared, from_batch=item.from_step)
+    return order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataState:
     """Where the data stand: under 1 KB of JSON, independent of ranks, workers and prefetching.
 
-    `batches_committed` counts optimizer steps done, not batches read. `snapshots` holds 16 hex digits of each
-    digest, enough to tell one from another.
+    Attributes:
+        order_version: `ORDER_VERSION`.
+        snapshots: The first hex digits of each digest, enough to tell one from another.
+        config_digest: Of the configuration that shapes the order, without the mixture.
+        seed: Of the order.
+        global_batch: Samples of a batch.
+        segments: (first batch, mark) of each mixture. What a mark stands for is computed from the configuration
+            again, which keeps the state small with any number of corpora.
+        batches_committed: Optimizer steps done, not batches read.
     """
 
     order_version: int
@@ -285,7 +239,7 @@ class DataState:
     config_digest: str
     seed: int
     global_batch: int
-    segments: tuple[Segment, ...]
+    segments: tuple[tuple[int, str], ...]
     batches_committed: int
 
     def to_json(self) -> str:
@@ -297,13 +251,17 @@ def state_from_json(text: str) -> DataState:
     """State of `DataState.to_json`; ContractError when it is not one."""
     try:
         fields = json.loads(text)
-        segments = tuple(
-            Segment(from_batch=item["from_batch"], totals=tuple(item["totals"]), base=tuple(item["base"]))
-            for item in fields.pop("segments")
-        )
+        segments = tuple(_segment_mark(item) for item in fields.pop("segments"))
         return DataState(**{**fields, "snapshots": tuple(fields["snapshots"])}, segments=segments)
     except (ValueError, KeyError, TypeError) as error:
         raise ContractError(f"data state is not readable ({error}); resume from another checkpoint") from None
+
+
+def _segment_mark(item: Any) -> tuple[int, str]:
+    if isinstance(item, dict):  # checkpoints of 2026-11 and before hold the totals themselves
+        return int(item["from_batch"]), digest([*item["totals"]])[:16]
+    from_batch, mark = item
+    return int(from_batch), str(mark)
 
 
 def order_state(order: Order, *, config_digest: str, batches_committed: int) -> DataState:
@@ -314,16 +272,18 @@ def order_state(order: Order, *, config_digest: str, batches_committed: int) -> 
         config_digest=config_digest,
         seed=order.seed,
         global_batch=order.global_batch,
-        segments=order.segments,
+        segments=tuple((segment.from_batch, segment.mark()) for segment in order.segments),
         batches_committed=batches_committed,
     )
 
 
-def resume_order(order: Order, state: DataState, *, config_digest: str) -> Order:
-    """Order that goes on where `state` stands; every quantity that shapes it must be the same.
+def check_state(order: Order, state: DataState, *, config_digest: str) -> None:
+    """Refuse to go on with another order than the one that a checkpoint's steps were made with.
+
+    The mixture of steps that are still to be done may differ: a curriculum can be changed at a resume.
 
     Raises:
-        ConfigError: The state belongs to another version, configuration, seed or batch size.
+        ConfigError: The state belongs to another version, configuration, seed, batch size or mixture.
         ContractError: The state belongs to another snapshot.
     """
     for name, now, then in (
@@ -337,13 +297,26 @@ def resume_order(order: Order, state: DataState, *, config_digest: str) -> Order
                 f"data order: {name} is {now}, the checkpoint was made with {then}; "
                 "set it back, or start in another run_dir"
             )
-    if _snapshot_marks(order) != state.snapshots:
+    marks = _snapshot_marks(order)
+    if len(marks) != len(state.snapshots) or any(
+        not then.startswith(now) for now, then in zip(marks, state.snapshots, strict=False)
+    ):
         raise ContractError(
-            f"data order: snapshots {list(_snapshot_marks(order))} are not the checkpoint's {list(state.snapshots)}; "
+            f"data order: snapshots {list(marks)} are not the checkpoint's {list(state.snapshots)}; "
             "give back the snapshots it was trained on, or start in another run_dir"
         )
-    return Order(order.streams, seed=order.seed, global_batch=order.global_batch, segments=state.segments)
+    done = state.batches_committed
+    now = [(segment.from_batch, segment.mark()) for segment in order.segments if segment.from_batch < done]
+    then = [segment for segment in state.segments if segment[0] < done]
+    if now != then:
+        first = next(i for i in range(max(len(now), len(then))) if now[i : i + 1] != then[i : i + 1])
+        step = min(item[first][0] for item in (now, then) if first < len(item))
+        raise ConfigError(
+            f"data order: the mixture from step {step} on is not the one that the checkpoint's {done} steps were made "
+            f"with; set weights and curriculum back for the steps before {done} (later ones may change), "
+            "or start in another run_dir"
+        )
 
 
 def _snapshot_marks(order: Order) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(stream.snapshot[:16] for stream in order.streams))
+    return tuple(dict.fromkeys(stream.snapshot[:8] for stream in order.streams))

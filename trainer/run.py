@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 
 from manifests.channels import UCS_VERSION, table_digest
 from manifests.errors import ConfigError
-from manifests.shards import load_snapshot
 from trainer.batches import row_rate_hz
 from trainer.checkpoint import Progress, load_checkpoint, read_meta, read_weights
 from trainer.checkpoint_store import collect_garbage, find_checkpoint, step_of
 from trainer.collectives import rank, world_size
 from trainer.config import PretrainConfig, differing_keys, order_digest, run_digest
-from trainer.data import Address, Order, Stream, load_streams, order_state, part_sizes, resume_order
+from trainer.data import Address, Order, check_state, mixed_order, order_state, part_sizes
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
 from trainer.lock import Fence
@@ -29,6 +29,7 @@ from trainer.objectives.build import build_objective
 from trainer.paths import ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
 from trainer.read import SnapshotReader, Window
 from trainer.run_folder import PretrainResult, checkpoint_folder
+from trainer.samples import Stream, load_streams, open_snapshot
 from trainer.saver import Saver
 from trainer.watchdog import Watchdog
 from trainer.zero import initialise
@@ -65,8 +66,14 @@ class Run:
         torch.manual_seed(config.seed)
         self.objective = build_objective(build_encoder(config.encoder), config.objective)
         self.model = initialise(self.objective, config)
-        self.order = Order(streams, seed=config.seed, global_batch=config.global_batch)
-        snapshots = [load_snapshot(source.path) for source in config.snapshots]
+        self.order = mixed_order(
+            streams,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            weights=config.weights,
+            curriculum=config.curriculum,
+        )
+        snapshots = [open_snapshot(source.path) for source in config.snapshots]
         self.recipes = {str(snapshot.recipe["id"]): snapshot.recipe for snapshot in snapshots}
         self.saver = Saver(
             self.checkpoints,
@@ -102,7 +109,7 @@ class Run:
                 "another run_dir and storage"
             )
         progress = load_checkpoint(self.saved, self.model)
-        self.order = resume_order(self.order, progress.data, config_digest=order_digest(self.config))
+        check_state(self.order, progress.data, config_digest=order_digest(self.config))
         logger.info("going on from %s", self.saved)
         if rank() == 0 and _exported_step(self.run_dir / ENCODER_FOLDER) != progress.step:
             self._export(self.saved)  # the run died between the checkpoint and its export
@@ -291,7 +298,13 @@ def held_out_windows(config: PretrainConfig) -> list[Window]:
     settings = config.evaluation
     if settings is None:
         return []
-    streams = load_streams(config.snapshots, split=settings.split, keep=config.filter)
+    streams = load_streams(config.snapshots, split=settings.split, keep=config.filter, bucket_by=config.bucket_by)
+    sizes: Counter[str] = Counter()
+    for stream in streams:
+        sizes[stream.bucket] += len(stream)
+    # One shape, that of most windows; and equal weights, since nothing is mixed here.
+    bucket = sizes.most_common(1)[0][0]
+    streams = [replace(stream, weight=1.0) for stream in streams if stream.bucket == bucket]
     rows = [
         (hashlib.sha256(str(key).encode()).digest(), Address(stream=s, position=row, epoch=0, row=row))
         for s, stream in enumerate(streams)

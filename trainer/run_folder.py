@@ -12,10 +12,10 @@ from manifests.errors import ConfigError
 from trainer.checkpoint_store import newest_checkpoint, step_of
 from trainer.collectives import rank, sum_over_ranks
 from trainer.config import PretrainConfig, differing_keys
-from trainer.data import Stream, load_streams
 from trainer.lock import hold
 from trainer.metrics import read_metrics
 from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, ENCODER_FOLDER, LOCK_FILE
+from trainer.samples import Stream, load_streams
 from trainer.storage import location
 
 LOCK_PATIENCE_S = 30.0  # Ray may still be ending the workers of the last attempt
@@ -66,7 +66,7 @@ def check_run(config: PretrainConfig) -> list[Stream]:
         )
     if config.evaluation is not None:
         load_streams(config.snapshots, split=config.evaluation.split, keep=config.filter)
-    return load_streams(config.snapshots, split=config.split, keep=config.filter)
+    return load_streams(config.snapshots, split=config.split, keep=config.filter, bucket_by=config.bucket_by)
 
 
 def read_result(config: PretrainConfig) -> PretrainResult:

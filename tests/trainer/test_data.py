@@ -1,6 +1,6 @@
 import json
-import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,32 +10,33 @@ from manifests.errors import ConfigError, ContractError
 from trainer import data
 from trainer.data import (
     Order,
-    SampleFilter,
-    SnapshotSource,
-    Stream,
-    load_streams,
+    check_state,
+    mixed_order,
     order_state,
     permutation,
     rank_slice,
-    resume_order,
     state_from_json,
 )
-from trainer.mixture import CYCLE, cycle_prefix, cycle_totals, interleave
-from trainer.tiny import write_tiny_snapshot
+from trainer.mixture import CurriculumStep
+from trainer.samples import Keys, Stream
 
 
-def stream(num_samples: int, *, shards: int = 7, corpus: str = "a", weight: float | None = None) -> Stream:
+def stream(
+    num_samples: int, *, shards: int = 7, corpus: str = "a", weight: float | None = None, bucket: str = ""
+) -> Stream:
     rng = np.random.default_rng(num_samples)
     shard = np.sort(rng.integers(0, shards, num_samples)).astype(np.int32)
     return Stream(
         snapshot="5" * 64,
         corpus=corpus,
         shards=tuple(Path(f"{corpus}{i}.tar") for i in range(shards)),
-        keys=np.array([f"{corpus}-{i}" for i in range(num_samples)], dtype=object),
+        keys=Keys(np.array([f"{corpus}-{i}" for i in range(num_samples)], dtype="S")),
         shard=shard,
         offset=np.arange(num_samples) * 1024,
         num_bytes=np.full(num_samples, 1024),
+        seconds=np.full(num_samples, 30.0),
         weight=float(num_samples) if weight is None else weight,
+        bucket=bucket,
     )
 
 
@@ -101,30 +102,7 @@ def test_samples_are_permuted_inside_blocks_of_shards(monkeypatch: pytest.Monkey
     assert any(shard[order[0]] != shard[order[i]] for i in range(1, 20))
 
 
-def test_mixtures_are_never_negative_and_keep_their_weights() -> None:
-    rng = np.random.default_rng(0)
-    global_batch = 720
-    for _ in range(200):
-        weights = np.concatenate([rng.dirichlet(np.full(rng.integers(1, 12), 0.5)) + 4e-4, [4e-4]])
-        weights = weights / weights.sum()
-        totals = cycle_totals(list(weights), global_batch=global_batch)
-        prefix = cycle_prefix(totals)
-        quotas = np.diff(prefix, axis=0)
-        assert quotas.min() >= 0
-        assert (quotas.sum(axis=1) == global_batch).all()
-        assert np.abs(prefix[-1] / (CYCLE * global_batch) / weights - 1).max() < 0.004
-        assert (quotas.max(axis=0) - quotas.min(axis=0)).max() <= len(weights) + 1
-
-
-def test_a_weight_too_small_for_one_sample_a_cycle_is_refused() -> None:
-    with pytest.raises(ConfigError, match="raise it or drop"):
-        cycle_totals([1.0, 1e-9], global_batch=8)
-    with pytest.raises(ConfigError, match="positive"):
-        cycle_totals([1.0, 0.0], global_batch=8)
-
-
 def test_a_batch_takes_from_every_stream_and_spreads_it_over_ranks() -> None:
-    assert interleave(np.array([2, 4])).tolist() == [1, 0, 1, 1, 0, 1]
     order = Order([stream(100, weight=1.0), stream(100, corpus="b", weight=3.0)], seed=0, global_batch=8)
     for half in (slice(0, 4), slice(4, 8)):
         assert Counter(a.stream for a in order.batch(5)[half]) == {0: 1, 1: 3}
@@ -141,14 +119,92 @@ def test_streams_go_on_without_a_gap_when_weights_change() -> None:
     assert Counter(key[0] for key in keys_of(changed, range(5, 9))) == {"a": 24, "b": 8}
 
 
-def test_state_is_small_and_round_trips() -> None:
-    streams = [stream(1000 + i, corpus=f"corpus{i}", weight=1 / (i + 3)) for i in range(12)]
-    order = Order(streams, seed=2**31, global_batch=1440).with_weights([1.0] * 12, from_batch=123_456)
+def test_state_is_small_with_46_corpora_and_5_mixtures_and_round_trips() -> None:
+    streams = [
+        replace(stream(1000 + i, corpus=f"corpus{i}", weight=1 / (i + 3)), snapshot=f"{i:064x}"[::-1])
+        for i in range(46)
+    ]
+    order = Order(streams, seed=2**63 - 1, global_batch=1440)
+    for step in range(1, 6):
+        order = order.with_weights([1.0 + (i * step) % 7 for i in range(46)], from_batch=step * 123_456)
     state = order_state(order, config_digest="c" * 64, batches_committed=987_654_321)
+    assert len(state.segments) == 6
     assert len(state.to_json()) < 1024
     assert state_from_json(state.to_json()) == state
-    resumed = resume_order(Order(streams, seed=2**31, global_batch=1440), state, config_digest="c" * 64)
-    assert resumed.batch(123_460) == order.batch(123_460)
+    check_state(order, state, config_digest="c" * 64)
+
+
+def test_a_state_that_holds_its_totals_is_still_read() -> None:
+    # As kymo wrote it before it kept marks.
+    order = Order([stream(40), stream(40, corpus="b")], seed=7, global_batch=8)
+    fields = json.loads(order_state(order, config_digest="c" * 64, batches_committed=3).to_json())
+    old = fields | {
+        "snapshots": ["5" * 16],
+        "segments": [{"from_batch": 0, "totals": [2048, 2048], "base": [0, 0]}],
+    }
+    check_state(order, state_from_json(json.dumps(old)), config_digest="c" * 64)
+    other = old | {"segments": [{"from_batch": 0, "totals": [2047, 2049], "base": [0, 0]}]}
+    with pytest.raises(ConfigError, match="another run_dir"):
+        check_state(order, state_from_json(json.dumps(other)), config_digest="c" * 64)
+
+
+def curriculum_of(*steps: tuple[int, float]) -> list[CurriculumStep]:
+    return [CurriculumStep(from_step=step, weights={"a": 1.0, "b": weight}) for step, weight in steps]
+
+
+def test_a_curriculum_changes_the_mixture_at_its_steps() -> None:
+    streams = [stream(40), stream(40, corpus="b")]
+    order = mixed_order(
+        streams, seed=0, global_batch=8, weights={"a": 1.0, "b": 1.0}, curriculum=curriculum_of((5, 3.0), (9, 0.0))
+    )
+    assert [Counter(a.stream for a in order.batch(b)) for b in (4, 5, 8, 9)] == [
+        {0: 4, 1: 4},
+        {0: 2, 1: 6},
+        {0: 2, 1: 6},
+        {0: 8},
+    ]
+    # The corpus that rests goes on later from where it stood: no sample is left out or seen twice in an epoch.
+    later = order.with_weights([1.0, 1.0], from_batch=12)
+    own = [key for key in keys_of(later, range(14)) if key.startswith("b")]
+    assert sorted(own[:40]) == sorted(streams[1].keys)
+    with pytest.raises(ConfigError, match=r"curriculum\.1\.from_step: 5"):
+        mixed_order(streams, seed=0, global_batch=8, curriculum=curriculum_of((5, 3.0), (5, 2.0)))
+
+
+def test_the_mixture_of_steps_to_come_may_change_and_that_of_steps_done_may_not() -> None:
+    streams = [stream(40), stream(40, corpus="b")]
+
+    def order_with(*steps: tuple[int, float]) -> Order:
+        return mixed_order(streams, seed=0, global_batch=8, curriculum=curriculum_of(*steps))
+
+    state = order_state(order_with((5, 3.0), (20, 2.0)), config_digest="c", batches_committed=9)
+    for steps in ([(5, 3.0)], [(5, 3.0), (9, 4.0)], [(5, 3.0), (20, 7.0)]):
+        check_state(order_with(*steps), state, config_digest="c")
+        assert order_with(*steps).batch(8) == order_with((5, 3.0), (20, 2.0)).batch(8)
+    for steps, step in (([], 5), ([(5, 2.0)], 5), ([(4, 3.0)], 4), ([(5, 3.0), (8, 2.0)], 8)):
+        with pytest.raises(ConfigError, match=f"the mixture from step {step} on"):
+            check_state(order_with(*steps), state, config_digest="c")
+
+
+def test_a_batch_is_of_one_bucket_and_every_sample_comes_once_an_epoch() -> None:
+    streams = [
+        stream(50, bucket="128Hz"),
+        stream(30, bucket="200Hz"),
+        stream(20, corpus="b", bucket="128Hz"),
+        stream(3, corpus="b", bucket="500Hz"),
+    ]
+    order = Order(streams, seed=0, global_batch=6)
+    batches = [order.batch(index) for index in range(600)]
+    buckets = [{streams[a.stream].bucket for a in batch} for batch in batches]
+    assert all(len(found) == 1 for found in buckets)
+    assert set.union(*buckets) == {"128Hz", "200Hz", "500Hz"}
+    shares = Counter(next(iter(found)) for found in buckets)
+    assert shares["200Hz"] / 600 == pytest.approx(30 / 103, abs=0.01)
+    for number, item in enumerate(streams):
+        positions = [a.position for batch in batches for a in batch if a.stream == number]
+        assert positions == list(range(len(positions)))
+        first = [item.keys[a.row] for batch in batches for a in batch if a.stream == number][: len(item)]
+        assert sorted(first) == sorted(item.keys)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +220,9 @@ def test_state_is_small_and_round_trips() -> None:
 def test_a_state_that_differs_is_an_error(change: dict, error: type[Exception]) -> None:
     order = Order([stream(50)], seed=7, global_batch=8)
     fields = json.loads(order_state(order, config_digest="c" * 64, batches_committed=3).to_json())
-    resume_order(order, state_from_json(json.dumps(fields)), config_digest="c" * 64)
+    check_state(order, state_from_json(json.dumps(fields)), config_digest="c" * 64)
     with pytest.raises(error, match="another run_dir"):
-        resume_order(order, state_from_json(json.dumps(fields | change)), config_digest="c" * 64)
+        check_state(order, state_from_json(json.dumps(fields | change)), config_digest="c" * 64)
 
 
 def test_an_unreadable_state_is_a_contract_error() -> None:
@@ -174,48 +230,25 @@ def test_an_unreadable_state_is_a_contract_error() -> None:
         state_from_json('{"seed": 1}')
 
 
-def test_filters_choose_from_the_table(tiny_snapshot: Path) -> None:
-    source = SnapshotSource(path=str(tiny_snapshot))
-
-    def count(split: str = "train", **keep: object) -> int:
-        streams = load_streams([source], split=split, keep=SampleFilter.model_validate(keep))
-        return sum(len(item) for item in streams)
-
-    assert count() == 32
-    assert count("val") == 16
-    assert count(kinds=["resp"]) == 24  # one training subject has no belt
-    assert count(kinds=["ecg", "resp"], min_kinds=2) == 24
-    assert count(labelled=True) == 32
-    for keep in ({"min_quality": 1.0, "corpora": ["other"]}, {"min_kinds": 4}):
-        with pytest.raises(ConfigError, match="widen the filter"):
-            count(**keep)
-
-
-def test_a_changed_table_or_snapshot_is_refused(tmp_path: Path) -> None:
-    write_tiny_snapshot(tmp_path)
-    source = SnapshotSource(path=str(tmp_path))
-    table = tmp_path / "samples.parquet"
-    content = table.read_bytes()
-    table.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ContractError, match="SHA-256"):
-        load_streams([source], split="train", keep=SampleFilter())
-    table.write_bytes(content)
-    assert load_streams([source], split="train", keep=SampleFilter())
-
-
-def test_weights_are_given_to_all_snapshots_or_to_none(tiny_snapshot: Path) -> None:
-    sources = [SnapshotSource(path=str(tiny_snapshot), weight=1.0), SnapshotSource(path=str(tiny_snapshot))]
-    with pytest.raises(ConfigError, match="all of them or to none"):
-        load_streams(sources, split="train", keep=SampleFilter())
-
-
-def test_a_shard_of_another_size_stops_before_training(tiny_snapshot: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_snapshot, copy)
-    shard = next(copy.rglob("*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(ContractError, match="were written"):
-        load_streams([SnapshotSource(path=str(copy))], split="train", keep=SampleFilter())
-    shard.unlink()
-    with pytest.raises(ContractError, match="is missing"):
-        load_streams([SnapshotSource(path=str(copy))], split="train", keep=SampleFilter())
+def test_the_shards_that_come_next_are_known_in_the_order_of_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "BLOCK_SAMPLES", 20)
+    monkeypatch.setattr(data, "BLOCK_SHARDS", 2)
+    order = Order([stream(200, shards=20), stream(60, corpus="b", shards=6)], seed=0, global_batch=10)
+    for batch in (0, 3, 24, 25):
+        soon = order.upcoming_shards(batch, limit=8)
+        assert len(soon) == len(set(soon)) == 8
+        needed = list(
+            dict.fromkeys(
+                order.streams[a.stream].shards[order.streams[a.stream].shard[a.row]]
+                for index in range(batch, batch + 30)
+                for a in order.batch(index)
+            )
+        )
+        hot = set(needed) - set(soon)
+        # Whatever is needed before the last of them is one of them, or was needed before.
+        before = {
+            order.streams[a.stream].shards[order.streams[a.stream].shard[a.row]]
+            for index in range(max(0, batch - 25), batch)
+            for a in order.batch(index)
+        }
+        assert set(needed[: needed.index(soon[-1])]) & hot <= before
