@@ -10,7 +10,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from jobs import adapter_verbs, corpus_verbs, data_verbs, machine_verbs, snapshot_verbs, trainer_verbs
+from jobs import adapter_verbs, corpus_verbs, data_verbs, export_verbs, machine_verbs, snapshot_verbs, trainer_verbs
 from jobs.console import console, set_up_logging
 from manifests.errors import ConfigError, ContractError, RecordingError
 
@@ -48,6 +48,7 @@ for panel, verb in (
     (DATA, snapshot_verbs.repack),
     (TRAINING, trainer_verbs.pretrain),
     (TRAINING, trainer_verbs.evaluate),
+    (TRAINING, export_verbs.export),
     (ADAPTERS, adapter_verbs.adapt),
     (ADAPTERS, adapter_verbs.predict),
     (ADAPTERS, adapter_verbs.publish),

@@ -5,13 +5,12 @@ from pathlib import Path
 from manifests.config import load_config, read_yaml
 from manifests.errors import ConfigError
 from trainer.checkpoint import read_weights
-from trainer.checkpoint_store import find_checkpoint
 from trainer.config import EvaluationConfig, PretrainConfig
 from trainer.evaluate import retrieval_top1
+from trainer.export_run import find_sound
 from trainer.models.build import build_encoder
 from trainer.objectives.build import build_objective
 from trainer.run import held_out_windows
-from trainer.run_folder import checkpoint_folder
 
 
 def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str, float]:
@@ -30,9 +29,7 @@ def score_run(run_dir: Path | str, *, split: str, num_windows: int) -> dict[str,
     if "objective" not in read_yaml(run_dir / "config.yaml"):
         raise ConfigError(f"{run_dir}: not a pretraining run (its config.yaml has no objective); give one of those")
     config = load_config(PretrainConfig, run_dir / "config.yaml")
-    checkpoint = find_checkpoint(checkpoint_folder(config.model_copy(update={"run_dir": str(run_dir)})))
-    if checkpoint is None:
-        raise ConfigError(f"{run_dir}: no checkpoint; run kymo pretrain until one is saved")
+    checkpoint = find_sound(str(run_dir))
     objective = build_objective(build_encoder(config.encoder), config.objective)
     objective.load_state_dict(read_weights(checkpoint), strict=True)
     scored = config.model_copy(update={"evaluation": EvaluationConfig(split=split, num_windows=num_windows)})
