@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from manifests.errors import ContractError
-from trainer.data import Order, SampleFilter, SnapshotSource, load_streams
+from trainer.data import Order
+from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window, iterate
+from trainer.samples import SnapshotSource, load_streams
 
 
 def order_of(folder: Path, *, global_batch: int = 6) -> Order:
