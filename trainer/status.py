@@ -93,7 +93,7 @@ def run_status(run_dir: Path) -> RunStatus:
     row = rows[-1] if rows else {}
     step = max(int(row.get("step", 0)), 0 if beat is None else beat.step)
     state, reason = _state(run_dir, beat, rows, steps=steps, now=now)
-    checkpoint = _newest_checkpoint(run_dir)
+    checkpoint, committed = _newest_checkpoint(run_dir, beat)
     evaluations = [{k[5:]: v for k, v in r.items() if k.startswith("eval_")} for r in rows]
     recent = rows[-_TREND_ROWS:]
     is_moving = state in {"training", "evaluating", "saving"}
@@ -107,8 +107,8 @@ def run_status(run_dir: Path) -> RunStatus:
         trend=_trend(recent),
         trend_steps=int(recent[-1]["step"] - recent[0]["step"]) if recent else 0,
         eta_s=max(0.0, row["eta_s"] - (now - row["time"])) if is_moving and "eta_s" in row else None,
-        checkpoint=None if checkpoint is None else checkpoint.name,
-        checkpoint_age_s=None if checkpoint is None else max(0.0, now - checkpoint.stat().st_mtime),
+        checkpoint=checkpoint,
+        checkpoint_age_s=None if checkpoint is None else max(0.0, now - committed),
         skipped=len([item for item in read_skipped(run_dir) if item["step"] <= step]),
         spikes=sum("loss_spike" in r for r in rows),
         evaluation=next((values for values in reversed(evaluations) if values), {}),
@@ -160,9 +160,13 @@ def _trend(rows: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
     return (statistics.median(losses[:half]), statistics.median(losses[half:])) if half >= 2 else None
 
 
-def _newest_checkpoint(run_dir: Path) -> Path | None:
-    """Committed ones are named `step-…`; an unfinished one has another name."""
-    return max((run_dir / CHECKPOINT_FOLDER).glob("step-*"), key=lambda path: path.name, default=None)
+def _newest_checkpoint(run_dir: Path, beat: Heartbeat | None) -> tuple[str | None, float]:
+    """Name of the newest checkpoint and when it was committed; rank 0 tells also of one in an object store."""
+    if beat is not None and beat.checkpoint:
+        return beat.checkpoint, beat.checkpoint_time
+    # Committed ones are named `step-…`, an unfinished one has another name.
+    newest = max((run_dir / CHECKPOINT_FOLDER).glob("step-*"), key=lambda path: path.name, default=None)
+    return (None, 0.0) if newest is None else (newest.name, newest.stat().st_mtime)
 
 
 def _is_held(path: Path) -> bool:

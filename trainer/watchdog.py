@@ -43,6 +43,8 @@ class Heartbeat(BaseModel):
         world_size: Ranks of this start.
         host: Machine of rank 0.
         pid: Its process id there.
+        checkpoint: Name of the last checkpoint that this start has committed, or nothing.
+        checkpoint_time: When that was, s of the wall clock.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -57,6 +59,8 @@ class Heartbeat(BaseModel):
     world_size: int
     host: str
     pid: int
+    checkpoint: str = ""
+    checkpoint_time: float = 0.0
 
 
 def read_heartbeat(run_dir: Path) -> Heartbeat | None:
@@ -97,6 +101,7 @@ class Watchdog:
         self._beat_s = beat_s if hang_timeout_s is None else min(beat_s, hang_timeout_s / 4)
         self._leave = leave
         self._state, self._message, self._step = "starting", "", 0
+        self._checkpoint, self._checkpoint_time = "", 0.0
         self._since = self._began = time.monotonic()
         self._lived_before_s = _lived_before(run_dir)
         self._stop = threading.Event()
@@ -119,6 +124,10 @@ class Watchdog:
     def mark(self, state: str, step: int) -> None:
         """Say what begins now, after how many steps."""
         self._state, self._step, self._since = state, step, time.monotonic()
+
+    def note_checkpoint(self, name: str) -> None:
+        """Say that a checkpoint has been committed."""
+        self._checkpoint, self._checkpoint_time = name, time.time()
 
     def lived_s(self) -> float:
         """Time that the run has been at work, over all starts."""
@@ -176,6 +185,8 @@ class Watchdog:
             world_size=self._world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
+            checkpoint=self._checkpoint,
+            checkpoint_time=self._checkpoint_time,
         )
         path = self._run_dir / HEARTBEAT_FILE
         try:  # renamed and not flushed to the disk: after a crash of the machine nobody needs it

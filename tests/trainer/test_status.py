@@ -77,6 +77,16 @@ def test_while_it_lives_its_own_word_counts_and_what_is_left_is_told(run: Path) 
     assert run_status(run).state == "saving"
 
 
+def test_a_checkpoint_in_an_object_store_is_known_from_the_one_who_saved_it(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    beat(run)
+    assert run_status(run).checkpoint is None
+    beat(run, checkpoint="step-000000005-a2", checkpoint_time=time.time() - 40)
+    state = run_status(run)
+    assert state.checkpoint == "step-000000005-a2"
+    assert state.checkpoint_age_s == pytest.approx(40, abs=5)
+
+
 def test_a_process_without_steps_is_stalled(run: Path) -> None:
     beat(run, since=time.time() - 70)
     state = run_status(run)
