@@ -5,17 +5,20 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from manifests.errors import ConfigError
+from manifests.errors import ConfigError, ContractError
 from trainer import loop
 from trainer.config import PretrainConfig
 from trainer.fragments import held_fragments
 from trainer.loop import pretrain
-from trainer.metrics import read_metrics
+from trainer.metrics import describe, read_metrics
 from trainer.objectives.leave_one_out import LeaveOneOut
 from trainer.paths import read_skipped
+from trainer.status import run_status
+from trainer.tiny import write_tiny_snapshot
 from trainer.watchdog import read_heartbeat
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -108,3 +111,29 @@ def test_beyond_the_budget_the_run_stops_with_the_name_of_the_file_and_goes_on_w
     nan_at(1)
     with pytest.raises(ConfigError, match="max_skipped allows 2"):
         pretrain(tiny_config(steps=7, evaluation=None, faults={"max_skipped": 2}))
+
+
+def test_a_sample_that_cannot_be_read_is_replaced_the_same_way_every_time_counted_and_told(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    write_tiny_snapshot(tmp_path / "own")
+    table = pq.read_table(tmp_path / "own" / "samples.parquet").to_pandas()
+    hurt = table[table["split"] == "train"].iloc[3]
+    with (tmp_path / "own" / hurt["shard"]).open("r+b") as shard:
+        shard.seek(hurt["offset"])
+        shard.write(bytes(512))  # the header of its first member
+    settings = {"snapshots": [{"path": str(tmp_path / "own")}], "evaluation": None}
+    one, two = tiny_config("one", **settings), tiny_config("two", **settings, read_threads=2)
+    pretrain(one)
+    pretrain(two.model_copy(update={"stop_at": 5}))
+    pretrain(two)
+    rows = read_metrics(one.run_dir)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in read_metrics(two.run_dir)]
+    assert rows[-1]["replaced"] > 0
+    assert "could not be read" in describe(rows[-1], steps=8)
+    assert run_status(Path(one.run_dir)).row["replaced"] == rows[-1]["replaced"]
+    with pytest.raises(ContractError, match=f"sample {hurt['key']} is number 1 that cannot be read, 0 are allowed"):
+        pretrain(tiny_config("none", **settings, max_replaced=0))
+    beat = read_heartbeat(tmp_path / "none")
+    assert beat is not None
+    assert beat.state == "failed"
