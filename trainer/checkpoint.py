@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from manifests.errors import ConfigError, ContractError
 from trainer.checkpoint_store import (
@@ -48,6 +48,7 @@ from trainer.fragments import (
 from trainer.lock import Fence
 from trainer.pieces import SEPARATOR, Pieces
 from trainer.storage import answering, is_remote, remove_folder, upload
+from trainer.tensor_file import save_tensors
 from trainer.zero import gathered
 
 FORMAT_VERSION = 1
@@ -220,10 +221,10 @@ def _write_files(path: Path, state: HostState) -> dict[str, FileEntry]:
     """Write this rank's files of a checkpoint and return their entries in the manifest."""
     with _local_folder(path) as local:
         shard = local / f"zero_{rank():05d}_of_{world_size():05d}.safetensors"
-        save_file(state.tensors, shard, metadata={"fragments": json.dumps(state.header)})
+        save_tensors(state.tensors, shard, metadata={"fragments": json.dumps(state.header)})
         files = [shard]
         if rank() == 0:
-            save_file(state.untrained, local / AUX_FILE)
+            save_tensors(state.untrained, local / AUX_FILE)
             (local / META_FILE).write_text(json.dumps(state.meta, indent=1), encoding="utf-8")
             files += [local / AUX_FILE, local / META_FILE]
         entries = {file.name: file_entry(file) for file in files}

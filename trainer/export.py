@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save
 from torch import nn
 
 from manifests.channels import UCS_VERSION, site_ids, table_digest
@@ -23,6 +23,7 @@ from manifests.errors import ConfigError, ContractError
 from trainer.models.build import Encoder, EncoderConfig, build_encoder
 from trainer.objectives.build import ObjectiveConfig, build_objective
 from trainer.storage import answering
+from trainer.tensor_file import save_tensors
 
 WEIGHTS_FILE = "encoder.safetensors"
 CARD_FILE = "encoder.json"
@@ -77,7 +78,7 @@ def save_encoder(
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in (state or encoder.state_dict()).items()}
-    save_file(weights, temporary / WEIGHTS_FILE)
+    save_tensors(weights, temporary / WEIGHTS_FILE)
     card = EncoderCard(
         kind=encoder.config.kind,
         config=encoder.config.model_dump(mode="json"),

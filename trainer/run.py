@@ -31,6 +31,7 @@ from trainer.read import SnapshotReader, Window
 from trainer.run_folder import PretrainResult, checkpoint_folder
 from trainer.samples import Stream, load_streams, open_snapshot
 from trainer.saver import Saver
+from trainer.storage import answering
 from trainer.watchdog import Watchdog
 from trainer.zero import initialise
 
@@ -255,7 +256,8 @@ class Run:
     def _after_commit(self, path: Path) -> None:
         """Export the encoder and delete old checkpoints; in the thread that saves."""
         if rank() == 0:
-            self._export(path)
+            with answering(self.run_dir):
+                self._export(path)
             settings = self.config
             collect_garbage(
                 self.checkpoints,
