@@ -1,4 +1,4 @@
-"""Checkpoints of an adaptation run: trainable tensors, optimizer moments, best tensors so far.
+"""Checkpoints of a run that learns tasks: trainable tensors, optimizer moments, best tensors so far.
 
 `step-N.safetensors` is written first and `step-N.json`, which holds its SHA-256, last; each beside its place and then
 renamed. Without a JSON that fits there is no checkpoint, so a kill at any moment leaves the one before.
@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
 
-from adapters.model import MultiTaskModel
+from adapters.model import TaskModel
 from manifests.config import write_atomically
 from manifests.errors import ConfigError, ContractError
 
@@ -34,12 +33,12 @@ class Progress:
     best_score: float | None = None
 
 
-def copy_trainable(model: MultiTaskModel) -> dict[str, torch.Tensor]:
+def copy_trainable(model: TaskModel) -> dict[str, torch.Tensor]:
     """Copies of the trainable tensors by name."""
     return {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
 
 
-def put_trainable(model: MultiTaskModel, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+def put_trainable(model: TaskModel, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
     """Copy tensors into the trainable parameters; ContractError when names or shapes differ."""
     parameters = model.trainable()
     if parameters.keys() != tensors.keys() or any(p.shape != tensors[n].shape for n, p in parameters.items()):
@@ -52,7 +51,7 @@ def put_trainable(model: MultiTaskModel, tensors: Mapping[str, torch.Tensor], *,
 def save_checkpoint(
     run_dir: Path,
     *,
-    model: MultiTaskModel,
+    model: TaskModel,
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, torch.Tensor],
     progress: Progress,
@@ -76,7 +75,7 @@ def save_checkpoint(
 
 
 def resume(
-    run_dir: Path, *, model: MultiTaskModel, optimizer: torch.optim.Optimizer, fingerprint: str
+    run_dir: Path, *, model: TaskModel, optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """State of the newest checkpoint that verifies, put in place; a fresh state where there is none.
 
@@ -94,7 +93,9 @@ def resume(
         sections = _sections(load(content))
         put_trainable(model, sections["model"], where=str(tensor_file))
         for name, parameter in model.trainable().items():
-            optimizer.state[parameter] = {m: sections[f"optimizer/{m}"][name] for m in MOMENTS}
+            state = {m: sections[f"optimizer/{m}"][name] for m in MOMENTS}
+            # AdamW counts its steps on the CPU, wherever the moments lie.
+            optimizer.state[parameter] = {m: x if m == "step" else x.to(parameter.device) for m, x in state.items()}
         progress = Progress(**meta)
         logger.info("%s: continuing after step %d", run_dir, progress.step)
         return progress, sections.get("best", {})
@@ -121,22 +122,3 @@ def _sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
         section, _, name = key.rpartition("/")
         sections.setdefault(section, {})[name] = tensor
     return sections
-
-
-def parameter_groups(
-    model: MultiTaskModel, rates: Mapping[str, float], *, weight_decay: float
-) -> list[dict[str, object]]:
-    """AdamW groups `lora`, `head` and `temporal` with their peak learning rates; no decay on LoRA."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
-    for name, parameter in model.trainable().items():
-        kind = "lora" if ".lora_" in name else "head" if name.startswith("heads.") else "temporal"
-        groups[kind].append(parameter)
-    return [
-        {
-            "params": groups[name],
-            "lr": rate,
-            "peak_lr": rate,
-            "weight_decay": 0.0 if name == "lora" else weight_decay,
-        }
-        for name, rate in rates.items()
-    ]

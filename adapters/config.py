@@ -1,8 +1,10 @@
-"""Configuration of an adaptation run: encoder, tasks with their snapshots, LoRA, optimizer."""
+"""Configuration of adaptation and of fine-tuning: encoder, tasks with their snapshots, what is trained, optimizer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.models.art_gat import ArtGatConfig
 
 # Anchored on full paths: a bare suffix such as `proj` or `all-linear` would also wrap the temporal encoder.
 LORA_TARGETS = r"blocks\.\d+\.(attn\.(q|k|v|o)|fc1|fc2)"
@@ -35,8 +37,20 @@ class TaskRun(_Strict):
     batch: Positive = 32
 
 
-class AdaptOptimizer(_Strict):
-    """AdamW with warm-up and cosine decay. LoRA takes no weight decay: it is a low-rank change already.
+class TaskOptimizer(_Strict):
+    """AdamW with warm-up and cosine decay; the learning rates are those of the groups that a run trains."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    clip_norm: Annotated[float, Field(gt=0)] = 3.0
+
+    def rates(self) -> dict[str, float]:
+        """Peak learning rate per group of parameters, as `TaskModel.group` names them."""
+        return {name.removeprefix("lr_"): rate for name, rate in self if name.startswith("lr_")}
+
+
+class AdaptOptimizer(TaskOptimizer):
+    """LoRA takes no weight decay: it is a low-rank change already.
 
     The rates suit tiny encoders pretrained for minutes: there 1e-3 for the temporal encoder took staging of unseen
     synthetic sleepers from 0.62 to 0.83 balanced accuracy against 2e-4. One pretrained for days wants 1e-4.
@@ -45,9 +59,13 @@ class AdaptOptimizer(_Strict):
     lr_lora: Annotated[float, Field(ge=0)] = 1e-3
     lr_head: Annotated[float, Field(ge=0)] = 2e-3
     lr_temporal: Annotated[float, Field(ge=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    clip_norm: Annotated[float, Field(gt=0)] = 3.0
+
+
+class FinetuneOptimizer(TaskOptimizer):
+    """The published rates of One Model for All: an encoder that is only nudged, and all that stands on it."""
+
+    lr_encoder: Annotated[float, Field(ge=0)] = 5e-6
+    lr_head: Annotated[float, Field(ge=0)] = 1e-4
 
 
 class Card(_Strict):
@@ -64,8 +82,8 @@ class Card(_Strict):
     intended_use: str = "Research on EEG, ECG and sleep recordings like those named under Data."
 
 
-class AdaptConfig(_Strict):
-    """An adaptation run.
+class TaskTraining(_Strict):
+    """What every run that learns labelled tasks has.
 
     Attributes:
         run_dir: Folder of the run; the same command in the same folder continues it.
@@ -82,8 +100,6 @@ class AdaptConfig(_Strict):
     encoder: str
     tasks: Annotated[list[TaskRun], Field(min_length=1)]
     steps: Positive = 200
-    lora: LoraSpec = LoraSpec()
-    optimizer: AdaptOptimizer = AdaptOptimizer()
     seed: Annotated[int, Field(ge=0)] = 0
     keep: Literal["best", "last"] = "last"
     log_every: Positive = 10
@@ -91,10 +107,35 @@ class AdaptConfig(_Strict):
     checkpoint_every: Positive = 50
     eval_windows: Positive = 1000
     threads: Positive = 1
-    card: Card = Card()
 
     @model_validator(mode="after")
-    def _best_is_kept(self) -> "AdaptConfig":
+    def _best_is_kept(self) -> Self:
         if self.keep == "best" and self.eval_every > self.steps:
             raise ValueError(f"keep best needs an evaluation: eval_every {self.eval_every} > steps {self.steps}")
         return self
+
+
+class AdaptConfig(TaskTraining):
+    """An adaptation run: one LoRA adapter and one head per task on a frozen encoder."""
+
+    lora: LoraSpec = LoraSpec()
+    optimizer: AdaptOptimizer = AdaptOptimizer()
+    card: Card = Card()
+
+
+class FinetuneConfig(TaskTraining):
+    """A fine-tuning run, stage 2 of One Model for All: everything is trained, the encoder at a rate of its own.
+
+    Attributes:
+        model: What stands on the univariate encoder.
+        from_scratch: Fresh weights in an encoder of the same sizes: what pretraining has to be held against.
+        channels: `union` = all channels that a task names, those a window lacks masked; `intersection` = only those
+            that every training window has.
+        device: `auto` = a GPU where there is one.
+    """
+
+    model: ArtGatConfig = ArtGatConfig()
+    from_scratch: bool = False
+    channels: Literal["union", "intersection"] = "union"
+    optimizer: FinetuneOptimizer = FinetuneOptimizer()
+    device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -25,7 +25,24 @@ SHARED = "temporal_encoder"
 LAYERS_PER_BLOCK = 6  # q, k, v, o, fc1, fc2
 
 
-class MultiTaskModel(nn.Module):
+class TaskModel(nn.Module):
+    """What training, scoring and checkpoints need of a model: `model(task, batch)` gives logits (B, K)."""
+
+    def group(self, name: str) -> str:
+        """Group that a trainable parameter's learning rate belongs to."""
+        raise NotImplementedError
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that training changes, by name, in a fixed order."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.parameters()).device
+
+
+class MultiTaskModel(TaskModel):
     """Logits of any of its tasks. The encoder that is given becomes part of it, its layers wrapped in place.
 
     Args:
@@ -73,6 +90,10 @@ class MultiTaskModel(nn.Module):
         self.activate(task)
         return self.heads[task](self.peft(batch).pooled_BD)
 
+    def group(self, name: str) -> str:
+        """`lora`, `head` or `temporal`."""
+        return "lora" if ".lora_" in name else "head" if name.startswith("heads.") else "temporal"
+
     def activate(self, task: str) -> None:
         """Make a task's adapter the one that runs; trainability stays as it is."""
         for layer in self._layers:
@@ -90,10 +111,6 @@ class MultiTaskModel(nn.Module):
         """
         _same_layout(f"adapter {task}", self.adapter_tensors(task), tensors)
         set_peft_model_state_dict(self.peft, dict(tensors), adapter_name=task)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that training changes, by name, in a fixed order."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def frozen_digest(self) -> str:
         """SHA-256 (hex) of everything that training must not change."""

@@ -25,15 +25,14 @@ from adapters.checkpoint import (
     Progress,
     check_fingerprint,
     copy_trainable,
-    parameter_groups,
     put_trainable,
     resume,
     save_checkpoint,
 )
-from adapters.config import AdaptConfig
+from adapters.config import AdaptConfig, FinetuneConfig, TaskTraining
 from adapters.data import TaskData, describe_data, load_task_data
 from adapters.evaluate import collate_task, evaluate, mean_primary, targets_of
-from adapters.model import MultiTaskModel
+from adapters.model import MultiTaskModel, TaskModel
 from manifests.config import digest, start_run, write_atomically
 from manifests.errors import ConfigError
 from manifests.tasks import Task, load_task
@@ -44,16 +43,19 @@ from trainer.read import SnapshotReader, Window
 
 logger = logging.getLogger(__name__)
 
+RunConfig = AdaptConfig | FinetuneConfig
 Report = Callable[[dict[str, Any]], None]
 LabelledBatch = tuple[Task, ChannelBatch, torch.Tensor]
 RESULT_FILE = "result.json"
 TRAINED_FILE = "trained.safetensors"
 FINAL_RATE = 0.05  # share of the peak learning rate at the last step
+# Keys of a configuration that do not decide the trained numbers, or that the fingerprint holds in another form.
+INCIDENTAL = {"run_dir", "encoder", "tasks", "log_every", "checkpoint_every", "threads", "card", "device"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptResult:
-    """A finished run. `model` holds the kept weights; `scores` is task -> split -> scores (`trainer.evaluation.scores`).
+    """A finished run. `model` holds the kept weights; `scores` is task -> split -> `trainer.evaluation.scores`.
 
     `data` is task -> snapshots, recipe and window counts, as plain data.
     """
@@ -80,30 +82,18 @@ def adapt(config: AdaptConfig, *, report: Report | None = None) -> AdaptResult:
     Raises:
         ConfigError: A task without training windows, or a run folder of another configuration.
     """
-    began = time.monotonic()
     torch.set_num_threads(config.threads)
-    run_dir = Path(config.run_dir)
-    data = _load_data(config)
-    fingerprint = _fingerprint(config, data)
+    data = load_data(config)
     model = MultiTaskModel(
         load_encoder(Path(config.encoder)),
         {name: len(item.task.labels) for name, item in data.items()},
         lora=config.lora,
         seed=config.seed,
     )
-    finished = run_dir / RESULT_FILE
-    if finished.exists():
-        result = json.loads(finished.read_text())
-        check_fingerprint(finished, result["fingerprint"], fingerprint)
-        put_trainable(model, load((run_dir / TRAINED_FILE).read_bytes()), where=str(run_dir / TRAINED_FILE))
-        logger.info("%s: finished before; nothing to do", run_dir)
-    else:
-        start_run(run_dir, config)
-        kept_step = _train(config, model, data, fingerprint=fingerprint, report=report)
-        result = _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
+    result = train_tasks(config, model, data, report=report)
     return AdaptResult(
         config=config,
-        run_dir=run_dir,
+        run_dir=Path(config.run_dir),
         model=model.eval(),
         tasks={name: item.task for name, item in data.items()},
         data=result["data"],
@@ -113,28 +103,47 @@ def adapt(config: AdaptConfig, *, report: Report | None = None) -> AdaptResult:
     )
 
 
-def _load_data(config: AdaptConfig) -> dict[str, TaskData]:
+def train_tasks(
+    config: RunConfig, model: TaskModel, data: dict[str, TaskData], *, report: Report | None
+) -> dict[str, Any]:
+    """The content of `result.json`: the model trained and scored or, if the run is finished already, read back."""
+    began = time.monotonic()
+    run_dir = Path(config.run_dir)
+    fingerprint = _fingerprint(config, data)
+    finished = run_dir / RESULT_FILE
+    if finished.exists():
+        result = json.loads(finished.read_text())
+        check_fingerprint(finished, result["fingerprint"], fingerprint)
+        put_trainable(model, load((run_dir / TRAINED_FILE).read_bytes()), where=str(run_dir / TRAINED_FILE))
+        logger.info("%s: finished before; nothing to do", run_dir)
+        return result
+    start_run(run_dir, config)
+    kept_step = _train(config, model, data, fingerprint=fingerprint, report=report)
+    return _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
+
+
+def load_data(config: TaskTraining) -> dict[str, TaskData]:
+    """Labelled windows of every task of a run, by the task's id."""
     data: dict[str, TaskData] = {}
     for run in config.tasks:
         task = load_task(run.task)
         if task.id in data:
-            raise ConfigError(f"tasks: {task.id} stands twice; a run has one adapter per task")
+            raise ConfigError(f"tasks: {task.id} stands twice; a run learns a task once")
         data[task.id] = load_task_data(task, run)
     return data
 
 
-def _fingerprint(config: AdaptConfig, data: dict[str, TaskData]) -> str:
+def _fingerprint(config: RunConfig, data: dict[str, TaskData]) -> str:
     """Digest of everything that decides the trained numbers."""
-    incidental = {"run_dir", "encoder", "tasks", "log_every", "checkpoint_every", "threads", "card"}
     tasks = [
         [item.task.model_dump(mode="json"), item.batch, [snapshot.digest for snapshot in item.snapshots]]
         for item in data.values()
     ]
-    return digest([config.model_dump(mode="json", exclude=incidental), read_card(config.encoder).sha256, tasks])
+    return digest([config.model_dump(mode="json", exclude=INCIDENTAL), read_card(config.encoder).sha256, tasks])
 
 
 def _train(
-    config: AdaptConfig, model: MultiTaskModel, data: dict[str, TaskData], *, fingerprint: str, report: Report | None
+    config: RunConfig, model: TaskModel, data: dict[str, TaskData], *, fingerprint: str, report: Report | None
 ) -> int:
     """Train to the last step, put the kept weights in place and return their step."""
     run_dir = Path(config.run_dir)
@@ -170,8 +179,8 @@ def _train(
 
 
 def train_step(
-    config: AdaptConfig,
-    model: MultiTaskModel,
+    config: RunConfig,
+    model: TaskModel,
     optimizer: torch.optim.Optimizer,
     batches: Mapping[str, Iterator[LabelledBatch]],
     *,
@@ -187,7 +196,7 @@ def train_step(
     for name, stream in batches.items():
         task, batch, target = next(stream)
         torch.manual_seed(stable_hash(config.seed, step, name))  # dropout; a resumed run draws the same
-        loss = task_loss(task, model(name, batch), target)
+        loss = task_loss(task, model(name, batch.to(model.device)), target.to(model.device))
         loss.backward()
         losses[name] = float(loss.detach())
     torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.optimizer.clip_norm)
@@ -195,11 +204,18 @@ def train_step(
     return losses
 
 
-def build_optimizer(config: AdaptConfig, model: MultiTaskModel) -> torch.optim.Optimizer:
-    """AdamW over the three groups of parameters."""
-    settings = config.optimizer
-    rates = {"lora": settings.lr_lora, "head": settings.lr_head, "temporal": settings.lr_temporal}
-    return torch.optim.AdamW(parameter_groups(model, rates, weight_decay=settings.weight_decay))
+def build_optimizer(config: RunConfig, model: TaskModel) -> torch.optim.Optimizer:
+    """AdamW with a learning rate per group of parameters; no decay on LoRA."""
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.trainable().items():
+        groups.setdefault(model.group(name), []).append(parameter)
+    decay = config.optimizer.weight_decay
+    return torch.optim.AdamW(
+        [
+            {"params": groups[name], "lr": rate, "peak_lr": rate, "weight_decay": 0.0 if name == "lora" else decay}
+            for name, rate in config.optimizer.rates().items()
+        ]
+    )
 
 
 def rate_factor(step: int, *, steps: int, warmup: int) -> float:
@@ -214,7 +230,7 @@ def task_loss(task: Task, logits_BK: torch.Tensor, target: torch.Tensor) -> torc
     """Scalar loss; the target is class indices (B,) under cross_entropy, 0/1 (B, K) under bce."""
     weight = None
     if task.class_weights is not None:
-        weight = torch.tensor([task.class_weights[label] for label in task.labels])
+        weight = torch.tensor([task.class_weights[label] for label in task.labels], device=logits_BK.device)
     if task.loss == "cross_entropy":
         return functional.cross_entropy(logits_BK, target, weight=weight)
     return functional.binary_cross_entropy_with_logits(logits_BK, target, weight=weight)
@@ -237,7 +253,7 @@ def labelled_batches(data: TaskData, *, seed: int, start: int) -> Generator[Labe
 
 
 def _keep_better(
-    model: MultiTaskModel, best: dict[str, torch.Tensor], progress: Progress, score: float | None
+    model: TaskModel, best: dict[str, torch.Tensor], progress: Progress, score: float | None
 ) -> dict[str, torch.Tensor]:
     if score is None or (progress.best_score is not None and score <= progress.best_score):
         return best
@@ -246,8 +262,8 @@ def _keep_better(
 
 
 def _finish(
-    config: AdaptConfig,
-    model: MultiTaskModel,
+    config: RunConfig,
+    model: TaskModel,
     data: dict[str, TaskData],
     *,
     fingerprint: str,

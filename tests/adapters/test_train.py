@@ -109,7 +109,7 @@ def test_unfinished_run_of_another_configuration_is_refused(make_config):
 def test_evaluation_is_without_dropout(adapted, make_config):
     config = make_config()
     adapted.model.train()
-    evaluate(adapted.model, train._load_data(config), split="val", limit=10)
+    evaluate(adapted.model, train.load_data(config), split="val", limit=10)
     assert not any(module.training for module in adapted.model.modules())
 
 

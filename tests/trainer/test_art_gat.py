@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from manifests.errors import ConfigError
 from trainer.batches import ChannelBatch
 from trainer.models.art_gat import ArtGat, ArtGatConfig
 from trainer.models.univariate import UnivariateEncoder, UnivariateEncoderConfig
@@ -82,6 +83,16 @@ def test_a_window_without_channels_gives_zeros_and_a_finite_gradient():
     assert not pooled[0].any()
     pooled.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_fewer_tokens_per_channel_are_means_in_time():
+    batch = make_batch()
+    every, two = (make_model(depth=0, tokens_per_channel=number)(batch).tokens_BPD for number in (None, 2))
+    assert (every.shape, two.shape) == ((2, 4, 16), (2, 2, 16))
+    same = make_model(tokens_per_channel=4)(batch).pooled_BD
+    torch.testing.assert_close(same, make_model()(batch).pooled_BD, rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="3 does not divide the 4 tokens"):
+        make_model(tokens_per_channel=3)
 
 
 def test_blocks_computed_again_give_the_same_gradient():
