@@ -92,7 +92,7 @@ class RayConfig(_Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     health_check_s: Annotated[float, Field(gt=0)] = 0.5
-    start_timeout_s: Annotated[int, Field(gt=0)] = 30  # until a lost node's place is given up
+    start_timeout_s: Annotated[int, Field(gt=0)] = 15  # for places alone, not for what starts there
     resize_every_s: Annotated[float, Field(gt=0)] = 60.0  # how often an elastic run looks for room to grow
 
 

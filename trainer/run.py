@@ -13,7 +13,6 @@ import torch
 
 from manifests.channels import UCS_VERSION, table_digest
 from manifests.errors import ConfigError
-from trainer.batches import row_rate_hz
 from trainer.checkpoint import Progress, load_checkpoint, read_meta, read_weights
 from trainer.checkpoint_store import collect_garbage, find_checkpoint, step_of
 from trainer.collectives import rank, world_size
@@ -25,6 +24,7 @@ from trainer.lock import Fence
 from trainer.meter import Meter
 from trainer.metrics_writer import MetricsWriter
 from trainer.models.build import build_encoder
+from trainer.models.flops import training_flops
 from trainer.objectives.build import build_objective
 from trainer.paths import ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
 from trainer.read import SnapshotReader, Window
@@ -46,8 +46,8 @@ class StepBatch:
 
     Attributes:
         parts: Collated micro-batches.
-        signal_s: Recorded time of the windows.
-        flops: Floating-point operations of a forward and backward pass, 0 where nobody asks.
+        signal_s: Recorded time of the windows or crops, s.
+        flops: Floating-point operations of a forward and backward pass, 0 where the device's peak is not known.
     """
 
     parts: list[Any]
@@ -126,7 +126,12 @@ class Run:
                 self.objective.collate(windows[end - size : end], seed=self.config.seed)
                 for size, end in zip(sizes, ends, strict=True)
             ]
-            return StepBatch(parts=parts, signal_s=sum(map(_signal_s, windows)), flops=0.0)
+            return StepBatch(
+                parts=parts,
+                signal_s=sum(size * _window_s(part) for size, part in zip(sizes, parts, strict=True)),
+                # Host batches, in a reader's thread: it costs the step nothing.
+                flops=sum(training_flops(self.objective.encoder, p) for p in parts) if self.meter.has_peak else 0.0,
+            )
 
         return self.reader.stream(
             self.order,
@@ -206,7 +211,9 @@ class Run:
             return
         if self._held_out is None:
             self._held_out = held_out_windows(self.config)
+        self.watchdog.mark("evaluating", self.progress.step)
         values = retrieval_top1(self.objective, self._held_out, device=self.model.device)
+        self.watchdog.mark("training", self.progress.step)
         self._evaluated_at = self.progress.step
         self.evaluation = self._fresh_evaluation = {f"eval_{name}": value for name, value in values.items()}
 
@@ -230,6 +237,7 @@ class Run:
 
     def save(self, report: Report | None, *, is_urgent: bool) -> None:
         """Begin a checkpoint of now; if it is urgent, or `save: sync`, wait until it is committed. A collective."""
+        self.watchdog.mark("saving", self.progress.step)
         self.settle(report, wait=True)
         is_scored = self._evaluated_at == self.progress.step
         self.saver.begin(
@@ -244,12 +252,14 @@ class Run:
             },
         )
         self.settle(report, wait=is_urgent)
+        self.watchdog.mark("training", self.progress.step)
 
     def settle(self, report: Report | None, *, wait: bool = False) -> None:
         """Report a checkpoint that has been committed since the last time, or wait for it. A collective."""
         saved = self.saver.finished(wait=wait)
         if saved is not None:
             self.saved = saved.path
+            self.watchdog.note_checkpoint(saved.path.name)
             if report is not None:
                 report({"step": float(saved.progress.step), "loss": saved.progress.loss or 0.0})
 
@@ -326,11 +336,11 @@ def _bare(evaluation: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in evaluation.items()}
 
 
-def _signal_s(window: Window) -> float:
-    """Recorded time of a window, s: that of its longest kind."""
+def _window_s(batch: Any) -> float:
+    """Recorded time of a window of an objective's host batch, s: that of its longest group."""
     return max(
-        (array.shape[1] / row_rate_hz(window.meta["ucs"][kind][0]) for kind, array in window.arrays.items()),
-        default=0.0,
+        (group.num_samples if hasattr(group, "num_samples") else group.signal_BCT.shape[-1]) / group.rate_hz
+        for group in batch.groups
     )
 
 

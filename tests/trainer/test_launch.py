@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from manifests.config import dump_yaml
 from manifests.errors import ConfigError
@@ -90,3 +91,27 @@ def test_a_wrong_configuration_is_told_before_ray_starts(
     monkeypatch.setattr(launch_module.ray, "init", fail)
     with pytest.raises(ConfigError, match="widen the filter"):
         launch(tiny_config(split="absent"))
+
+
+def test_more_workers_than_windows_are_told_before_ray_starts(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(launch_module.ray, "init", fail)
+    with pytest.raises(ConfigError, match="num_workers: 5 is more than the 4 windows of a micro-batch"):
+        launch(tiny_config(num_workers=(2, 5), gradient_accumulation=2))
+
+
+def test_each_node_that_goes_away_is_news_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[PreemptionInfo | None] = [
+        None,
+        PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"a": [1]}),
+        PreemptionInfo(deadline_ms=2, preempted_node_to_ranks={"a": [1]}),
+        PreemptionInfo(deadline_ms=2, preempted_node_to_ranks={"a": [1], "b": [0]}),
+        None,
+    ]
+    monkeypatch.setattr(launch_module.ray.train, "get_preemption_info", lambda: told.pop(0))
+    notice = launch_module._Notice()
+    assert [notice() for _ in range(5)] == [False, True, False, True, False]

@@ -10,7 +10,7 @@ import pytest
 
 from manifests.config import dump_yaml
 from manifests.errors import ConfigError, ContractError
-from trainer import loop
+from trainer import loop, meter, stopper
 from trainer.config import PretrainConfig
 from trainer.export import load_encoder, read_card
 from trainer.loop import pretrain
@@ -157,6 +157,25 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
     assert losses(config.run_dir) == uninterrupted
 
 
+def test_told_that_a_machine_goes_away_it_saves_at_once_and_trains_on(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopper, "NOTICE_EVERY_S", 0.0)
+    answers = iter([False, True])
+    seen: list[tuple[int, list[str]]] = []
+    config = tiny_config(save_every=100, keep=9, evaluation=None)
+
+    def notice() -> bool:
+        steps = [path.name[:14] for path in Path(config.run_dir, "checkpoints").glob("step-*")]
+        seen.append((len(read_metrics(config.run_dir)), steps))
+        return next(answers, False)
+
+    assert pretrain(config, notice=notice).is_finished
+    # Asked after every step; the second answer makes a checkpoint that stands before the third step.
+    assert seen[:3] == [(0, []), (1, []), (2, ["step-000000002"])]
+    assert len(seen) == 8
+
+
 def test_another_configuration_in_the_same_folder_is_refused_by_key(tiny_config: MakeConfig) -> None:
     pretrain(tiny_config(stop_at=1))
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.001 → 0\.5"):
@@ -194,6 +213,23 @@ def test_univariate_pretraining_runs_through_the_same_loop(tiny_config: MakeConf
     result = pretrain(tiny_config(**univariate, steps=4))
     assert losses(tiny_config().run_dir) == losses(tiny_config("full").run_dir)
     assert read_card(result.encoder).kind == "univariate"
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "nt_xent"])
+def test_recorded_hours_and_operations_of_both_objectives_are_counted(
+    kind: str, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter, "device_peak", lambda _: 1e12)
+    univariate = {
+        "encoder": {"kind": "univariate"},
+        "objective": {"kind": "nt_xent", "kinds": ["eeg", "ecg"], "rates_hz": [64], "crop_s": 2.0},
+    }
+    config = tiny_config(steps=2, evaluation=None, **(univariate if kind == "nt_xent" else {}))
+    pretrain(config)
+    window_s = 2.0 if kind == "nt_xent" else 8.0
+    for row in read_metrics(config.run_dir):
+        assert 0 < row["mfu"] < 0.5
+        assert row["hours_per_s"] == pytest.approx(row["windows_per_s"] * window_s / 3600)
 
 
 def test_held_out_windows_are_the_same_every_time_and_of_their_split(tiny_config: MakeConfig) -> None:
