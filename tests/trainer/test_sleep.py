@@ -13,6 +13,9 @@ from trainer.config import PretrainConfig
 from trainer.models.build import ENCODERS, EncoderConfig, build_encoder
 from trainer.models.flops import sleep_flops
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
+from trainer.objectives.build import build_objective
+from trainer.objectives.modalities import ModalityBatch
+from trainer.zero import initialise, join_processes, train_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = SleepEncoderConfig(width=16, depth=1, patch_s=1.0)
@@ -185,6 +188,24 @@ def test_blocks_computed_again_change_no_bit_and_only_in_training(is_training):
         results.append([parameter.grad for parameter in encoder.parameters()])
         assert len(runs) == (2 if checkpoint_blocks and is_training else 1)
     assert all(torch.equal(one, again) for one, again in zip(*results, strict=True))
+
+
+def test_blocks_computed_again_agree_under_zero_3(tiny_config):
+    """There the weights are gone when a block runs again. Wide enough for DeepSpeed to part them at all."""
+    groups, losses = tuple(to_float(make_batch(4, channels, seed=channels)) for channels in (2, 3)), []
+    batch = ModalityBatch(groups=groups, available_NM=torch.ones(4, 2).bool(), recording_N=torch.arange(4))
+    for checkpoint_blocks in (False, True):
+        encoder = {"kind": "sleep", "width": 256, "depth": 2, "dropout": 0.2, "checkpoint_blocks": checkpoint_blocks}
+        config = tiny_config(encoder=encoder, zero_stage=3, precision="fp32")
+        join_processes(config.backend)
+        torch.manual_seed(0)
+        model = initialise(build_objective(build_encoder(config.encoder), config.objective), config)
+        assert model.module.encoder.blocks[0].fc1.weight.numel() == 0
+        torch.manual_seed(1)
+        steps = [train_step(model, [batch]) for _ in range(2)]
+        losses.append([(float(metrics["loss"]), norm) for metrics, norm in steps])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]  # it learned
 
 
 SIZES = {"": "tiny", "_small": "small", "_base": "base", "_large": "large"}
