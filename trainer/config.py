@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from manifests.config import digest
+from trainer.cache import CacheConfig
 from trainer.filters import SampleFilter
 from trainer.mixture import CorpusWeights, CurriculumStep
 from trainer.models.build import EncoderConfig
@@ -33,6 +34,7 @@ FREE_KEYS = frozenset(
         "read_threads",
         "prefetch",
         "max_replaced",
+        "cache",
         "curriculum",  # of the steps to come: trainer/data.py refuses a change of those that were done
         "faults",
         "ray",
@@ -142,6 +144,7 @@ class PretrainConfig(_Section):
     read_threads: Annotated[int, Field(ge=1)] = 1
     prefetch: Annotated[int, Field(ge=1)] = 4  # batches
     max_replaced: Annotated[int, Field(ge=0)] = 100  # samples that may fail their read
+    cache: CacheConfig | None = None  # required for snapshots in an object store, without effect on others
     faults: FaultConfig = FaultConfig()
     ray: RayConfig = RayConfig()
 

@@ -13,6 +13,7 @@ import torch
 
 from manifests.channels import UCS_VERSION, table_digest
 from manifests.errors import ConfigError
+from trainer.cache import open_cache
 from trainer.checkpoint import Progress, load_checkpoint, read_meta, read_weights
 from trainer.checkpoint_store import collect_garbage, find_checkpoint, step_of
 from trainer.collectives import rank, world_size
@@ -85,8 +86,10 @@ class Run:
         )
         self.saved = find_checkpoint(self.checkpoints)
         self.progress = self._resume()
+        self.cache = open_cache(config.cache, config.snapshots)
         self.reader = SnapshotReader(
             streams,
+            locate=None if self.cache is None else self.cache.locate,
             max_replaced=config.max_replaced,
             num_threads=config.read_threads,
             prefetch=config.prefetch,
@@ -120,7 +123,9 @@ class Run:
         """Endless batches, one for each optimizer step, collated ahead in the reader's threads."""
         sizes = part_sizes(self.config.global_batch, self.config.gradient_accumulation, rank=rank(), world=world_size())
 
-        def collate(_: int, windows: Sequence[Window]) -> StepBatch:
+        def collate(index: int, windows: Sequence[Window]) -> StepBatch:
+            if self.cache is not None:
+                self.cache.prefetch(self.order.upcoming_shards(index, limit=self.cache.prefetch_shards))
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
             parts = [
                 self.objective.collate(windows[end - size : end], seed=self.config.seed)
@@ -292,6 +297,8 @@ class Run:
         self.saver.close()
         self.metrics.close()
         self.reader.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def result(self) -> PretrainResult:
         """Where the run stands now."""
@@ -323,12 +330,16 @@ def held_out_windows(config: PretrainConfig) -> list[Window]:
         for row, key in enumerate(stream.keys)
     ]
     chosen = sorted(rows, key=lambda item: item[0])[: settings.num_windows]
-    reader = SnapshotReader(streams, max_replaced=config.max_replaced)
+    cache = open_cache(config.cache, config.snapshots)
+    locate = None if cache is None else cache.locate
+    reader = SnapshotReader(streams, max_replaced=config.max_replaced, locate=locate)
     try:
         order = Order(streams, seed=0, global_batch=len(streams))
         return reader.read([address for _, address in chosen], order=order)
     finally:
         reader.close()
+        if cache is not None:
+            cache.close()
 
 
 def _bare(evaluation: Mapping[str, float]) -> dict[str, float]:

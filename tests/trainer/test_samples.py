@@ -10,7 +10,7 @@ import pytest
 from manifests.errors import ConfigError, ContractError
 from trainer import samples
 from trainer.filters import SampleFilter
-from trainer.samples import SnapshotSource, Stream, folder_of, load_streams
+from trainer.samples import SnapshotSource, Stream, load_streams
 from trainer.tiny import write_tiny_snapshot
 
 
@@ -154,11 +154,3 @@ def test_a_table_is_read_once_a_process_and_anew_when_it_was_written_anew(
     write_tiny_snapshot(tmp_path, num_subjects=7)
     assert len(load("train")[0]) == 40
     assert len(reads) == 2
-
-
-def test_a_url_of_an_unknown_kind_is_refused() -> None:
-    assert folder_of("/data/psg") == Path("/data/psg")
-    assert folder_of("file:///data/psg") == Path("/data/psg")
-    assert str(folder_of("s3://bucket/psg")) == "s3://bucket/psg"
-    with pytest.raises(ConfigError, match="nosuch://bucket"):
-        folder_of("nosuch://bucket")
