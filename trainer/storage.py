@@ -22,6 +22,8 @@ from manifests.errors import ConfigError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+# Packages whose errors tell of an object store and not of a fault of ours.
+_STORE_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google"})
 # A listing that s3fs remembers would hide what another process has written since.
 _OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 
@@ -76,9 +78,9 @@ def answering(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error) or type(error).__name__
         raise ConfigError(f"{error.filename or path}: {reason}; {remedy} and run the same command again") from error
     except Exception as error:
-        if not is_remote(path):
+        if type(error).__module__.partition(".")[0] not in _STORE_CLIENTS:
             raise
-        raise ConfigError(  # every store has its own classes: botocore's, aiohttp's, google.auth's
+        raise ConfigError(
             f"{path}: the store does not answer ({type(error).__name__}: {error}); check the network, AWS_ENDPOINT_URL "
             "and the credentials, and run the same command again"
         ) from error

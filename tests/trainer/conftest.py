@@ -3,12 +3,13 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 from moto.server import ThreadedMotoServer
-
+from torch.multiprocessing import start_processes
 from upath import UPath
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +40,24 @@ def two_ranks() -> Callable[[], list[dict[str, str]]]:
         return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs `function(rank, port, *arguments)` in `world` processes and raises what one of them raised.
+
+    The processes are forked from one that has imported already what takes each of them eight seconds.
+    """
+    slow = ["trainer.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp"]
+    get_context("forkserver").set_forkserver_preload(slow)
+
+    def run(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
+
+    return run
 
 
 @pytest.fixture(scope="module")

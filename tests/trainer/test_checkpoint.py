@@ -1,12 +1,15 @@
 import json
 import logging
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +21,7 @@ from trainer.data import DataState
 from trainer.fragments import STATES, held_fragments
 from trainer.zero import initialise, join_processes, train_step
 
+RunRanks = Callable[..., None]
 DATA = DataState(
     order_version=1,
     snapshots=("a" * 16,),
@@ -132,28 +136,41 @@ def test_a_gap_between_fragments_is_refused(tmp_path: Path) -> None:
         read_weights(path)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "no manifest"])
+DAMAGES = {
+    "flipped shard": ("zero_00000_of_00001.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "truncated shard": ("zero_00000_of_00001.safetensors", lambda content: content[:-1]),
+    "missing shard": ("zero_00000_of_00001.safetensors", None),
+    "stale shard of another world": ("zero_00001_of_00002.safetensors", lambda _: b"stale"),
+    "damaged aux": ("aux.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "truncated manifest": ("MANIFEST.json", lambda content: content[: len(content) // 2]),
+    "manifest of something else": ("MANIFEST.json", lambda _: b"[1, 2]"),
+    "no manifest": ("MANIFEST.json", None),
+    "no meta": ("meta.json", None),
+}
+
+
+def damage_file(folder: Path, name: str) -> str:
+    """Damage a checkpoint, local or in a store; the name of the file that was touched."""
+    file, change = DAMAGES[name]
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(change((folder / file).read_bytes() if (folder / file).exists() else b""))
+    return file
+
+
+@pytest.mark.parametrize("name", DAMAGES)
 def test_resume_walks_back_past_a_damaged_checkpoint(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make(1)
     older, newer = save(tmp_path, model, step=2), save(tmp_path, model, step=4)
     assert find_checkpoint(tmp_path) == newer
-    file = newer / "zero_00000_of_00001.safetensors"
-    content = file.read_bytes()
-    if damage == "flip":
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage == "truncate":
-        file.write_bytes(content[:-1])
-    elif damage == "remove":
-        file.unlink()
-    elif damage == "add":
-        (newer / "zero_00001_of_00002.safetensors").write_bytes(content)
-    else:
-        (newer / "MANIFEST.json").unlink()
+    file = damage_file(newer, name)
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path) == older
     assert newer.name in caplog.text
+    assert file in caplog.text
     assert not newer.exists()
     assert (tmp_path / f"damaged-{newer.name}").exists()
     verify_checkpoint(older)
@@ -177,6 +194,89 @@ def test_a_partial_checkpoint_is_never_picked_up(tmp_path: Path, monkeypatch: py
     assert save(folder, model, step=4, attempt=2).name == "step-000000004-a2"
     collect_garbage(folder, keep=5, attempt=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000002-a1", "step-000000004-a2"]
+
+
+class Whole:
+    """State of a checkpoint put together from its files by the format's description alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.steps: dict[str, set[float]] = {}
+        for file in sorted(path.glob("zero_*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                for name, (start, numel, step) in json.loads(opened.metadata()["fragments"]).items():
+                    self.steps.setdefault(name, set()).add(step)
+                    for state in STATES:
+                        key = f"{state}::{name}"
+                        size = torch.Size(json.loads((path / "meta.json").read_text())["shapes"][name]).numel()
+                        whole = self.tensors.setdefault(key, torch.full((size,), float("nan")))
+                        assert whole[start : start + numel].isnan().all(), f"{key} is stored twice"
+                        whole[start : start + numel] = opened.get_tensor(key)
+        self.tensors |= load_file(path / "aux.safetensors")
+
+    def assert_same(self, other: "Whole") -> None:
+        assert self.tensors.keys() == other.tensors.keys()
+        for name, tensor in self.tensors.items():
+            assert torch.equal(tensor, other.tensors[name]), name
+            assert not tensor.isnan().any(), name
+        assert self.steps == other.steps
+
+
+def join(number: int, port: int, world: int) -> None:
+    torch.set_num_threads(1)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ.update({**group, "RANK": str(number), "LOCAL_RANK": str(number)})
+    join_processes("gloo")
+
+
+def save_every_stage(number: int, port: int, folder: Path) -> None:
+    join(number, port, 2)
+    for stage in range(4):
+        model = make(stage)
+        train(model, range(3))
+        save(folder / f"stage-{stage}", model)
+    load_every_stage(folder, 2)
+
+
+def join_and_load(number: int, port: int, folder: Path, world: int) -> None:
+    join(number, port, world)
+    load_every_stage(folder, world)
+
+
+def load_every_stage(folder: Path, world: int) -> None:
+    """Load what two ranks wrote, at the same stage and at the next one, and save it again at once."""
+    for stage in range(4):
+        found = find_checkpoint(folder / f"stage-{stage}")
+        assert found is not None
+        for other in (stage, (stage + 1) % 4):
+            model = make(other, seed=99)
+            assert load_checkpoint(found, model) == PROGRESS
+            save(folder / f"{world}-ranks" / f"{stage}-to-{other}", model)
+
+
+@pytest.fixture(scope="module")
+def two_ranks_saved(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(save_every_stage, folder, world=2)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_two_ranks_saved_comes_back_bit_for_bit_at_any_world_size_and_stage(
+    world: int, two_ranks_saved: Path, run_ranks: RunRanks
+) -> None:
+    if world == 1:
+        load_every_stage(two_ranks_saved, 1)
+    elif world > 2:
+        run_ranks(join_and_load, two_ranks_saved, world, world=world)
+    for stage in range(4):
+        saved = Whole(two_ranks_saved / f"stage-{stage}" / "step-000000002-a1")
+        assert saved.steps == {name: {3.0} for name in ("first.weight", "first.bias", "last.weight", "log_scale")}
+        assert all(tensor.any() for tensor in saved.tensors.values())
+        for other in (stage, (stage + 1) % 4):
+            again = two_ranks_saved / f"{world}-ranks" / f"{stage}-to-{other}" / "step-000000002-a1"
+            assert len(list(again.glob("zero_*"))) == world
+            Whole(again).assert_same(saved)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
