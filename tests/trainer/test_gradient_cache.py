@@ -1,12 +1,12 @@
 """Cached gradients equal those of the undivided batch, temperature included, on any number of ranks and ZeRO stage."""
 
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from manifests.errors import ConfigError
 from trainer import gradient_cache
@@ -168,13 +168,12 @@ def run_rank(rank: int, port: int, snapshot: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def fragments(tiny_snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def fragments(
+    tiny_snapshot: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]
+) -> dict[int, list[dict[str, Any]]]:
     """World size to what each of its ranks holds."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(run_rank, args=(port, tiny_snapshot, folder), nprocs=2)
+    run_ranks(run_rank, tiny_snapshot, folder)
     join_processes("auto")
     return {
         1: [deepspeed_gradients(tiny_snapshot, rank=0, world=1)],
