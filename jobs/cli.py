@@ -10,7 +10,17 @@ import sys
 import typer
 from rich.markup import escape
 
-from jobs import adapter_verbs, corpus_verbs, data_verbs, export_verbs, machine_verbs, snapshot_verbs, trainer_verbs
+from jobs import (
+    adapter_verbs,
+    corpus_verbs,
+    data_verbs,
+    evaluate_verbs,
+    export_verbs,
+    loader_verbs,
+    machine_verbs,
+    snapshot_verbs,
+    trainer_verbs,
+)
 from jobs.console import console, set_up_logging
 from manifests.errors import ConfigError, ContractError, RecordingError
 
@@ -46,10 +56,13 @@ for panel, verb in (
     (DATA, data_verbs.preview),
     (DATA, snapshot_verbs.diff),
     (DATA, snapshot_verbs.repack),
+    (TRAINING, loader_verbs.mix),
+    (TRAINING, loader_verbs.simulate),
     (TRAINING, trainer_verbs.pretrain),
-    (TRAINING, trainer_verbs.evaluate),
+    (TRAINING, evaluate_verbs.evaluate),
     (TRAINING, export_verbs.export),
     (ADAPTERS, adapter_verbs.adapt),
+    (ADAPTERS, adapter_verbs.finetune),
     (ADAPTERS, adapter_verbs.predict),
     (ADAPTERS, adapter_verbs.publish),
     (MACHINE, machine_verbs.demo),

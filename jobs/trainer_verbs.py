@@ -1,4 +1,4 @@
-"""Verbs of the trainer: pretrain, evaluate."""
+"""Verb of the trainer: pretrain."""
 
 from pathlib import Path
 
@@ -38,20 +38,6 @@ def pretrain(
     if not result.is_finished:
         console.print("stopped early; run the same command again to go on")
         raise typer.Exit(0 if result.step == settings.stop_at else 130)
-
-
-def evaluate(
-    run: Path = typer.Argument(help="Folder of a pretraining run.", metavar="RUN"),
-    split: str = typer.Option("test", help="Split whose windows are scored."),
-    windows: int = typer.Option(256, help="Number of windows, the same ones every time."),
-) -> None:
-    """Score a pretrained run by retrieval among held-out windows.
-
-    Example: kymo evaluate demo/runs/sleep --split test
-    """
-    from trainer.score import score_run
-
-    show_scores(f"{run}, {split} split", score_run(run, split=split, num_windows=windows))
 
 
 def show_scores(title: str, scores: dict[str, float]) -> None:

@@ -1,68 +1,152 @@
 """Scores of predictions with chance levels and confidence intervals over subjects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    cohen_kappa_score,
-    confusion_matrix,
-    f1_score,
-    recall_score,
-    roc_auc_score,
+from sklearn.metrics import confusion_matrix
+
+from trainer.evaluation.bootstrap import (
+    MIN_SUBJECTS,
+    REPLICATES,
+    Draws,
+    confusions,
+    draw_subjects,
+    interval,
+    metrics_of_confusions,
+    ranking_scores,
+    replicates_of,
 )
 
-REPLICATES = 1000
-AUROC_REPLICATES = 200  # sorting makes one of them as dear as a hundred confusion matrices
+METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "kappa": "Cohen's kappa",
+    "auroc": "AUROC",
+    "auprc": "AUC-PR",
+}
 
 
 def score_classes(
     truth: np.ndarray, probabilities: np.ndarray, *, labels: Sequence[str], subjects: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """Scores of exclusive classes: balanced accuracy, macro F1, kappa, and AUROC when there are two classes.
+    """Scores of exclusive classes, of which none may stand for "unknown".
 
     Args:
         truth: (N,) class indices.
         probabilities: (N, K), rows add up to 1.
-        labels: K names; AUROC takes the last as positive.
+        labels: K names; of two, AUROC and AUC-PR take the last as positive, of more the mean of each against the rest.
         subjects: N subjects; the intervals resample these, since windows of a subject are not independent.
         seed: Of the bootstrap.
 
     Returns:
-        `n`, `subjects`, `support` per label, `confusion` (rows = truth) and per metric `value`, `chance` (of
-        a guess that ignores the signal) and `interval` (95 %, percentiles; null under two subjects, too narrow
-        under about ten). Balanced accuracy averages over
-        the classes that occur in `truth`, as scikit-learn does.
+        `n`, `subjects`, `support` per label, `confusion` (rows = truth), `recall` per label (`value`, `interval`) and
+        per metric `value`, `chance` (of a guess that ignores the signal) and `interval` (95 %, percentiles; null
+        under two subjects, too narrow under about ten). Balanced accuracy is the mean of the recalls of the classes
+        that occur in `truth`. AUROC and AUC-PR are left out where one class occurs only.
     """
     truth = np.asarray(truth)
-    guess = probabilities.argmax(axis=1)
     classes = list(range(len(labels)))
-    confusion = confusion_matrix(truth, guess, labels=classes)
-    present = np.unique(truth)
-    values = {
-        # balanced_accuracy_score by its definition; that function warns when a class is guessed that never occurs.
-        "balanced_accuracy": recall_score(truth, guess, labels=present, average="macro"),
-        "macro_f1": f1_score(truth, guess, labels=present, average="macro"),
-        "kappa": cohen_kappa_score(truth, guess, labels=classes) if len(present) > 1 else float("nan"),
-    }
-    share = np.bincount(truth, minlength=len(labels)).max() / len(truth)
-    chance = {
-        "balanced_accuracy": 1 / len(present),
-        "macro_f1": 2 * share / (1 + share) / len(present),  # always the most frequent class
-        "kappa": 0.0,
-    }
-    intervals = _confusion_intervals(truth, guess, size=len(labels), subjects=subjects, seed=seed)
-    if len(labels) == 2 and len(present) == 2:
-        values["auroc"] = roc_auc_score(truth, probabilities[:, 1])
-        chance["auroc"] = 0.5
-        intervals["auroc"] = _auroc_interval(truth, probabilities[:, 1], subjects=subjects, seed=seed)
+    confusion = confusion_matrix(truth, probabilities.argmax(axis=1), labels=classes)
+    counts = np.bincount(truth, minlength=len(labels))
+    present = np.flatnonzero(counts)
+    once, nobody = np.ones((1, 1)), np.zeros(len(truth), dtype=int)
+    found = metrics_of_confusions(confusion[None].astype(float))
+    if len(present) > 1:
+        found |= ranking_scores(truth, probabilities, once, nobody)
+    else:
+        found["kappa"] = np.array([np.nan])
+    draws = draw_subjects(subjects, seed=seed)
+    replicates = {} if draws is None else replicates_of(truth, probabilities, draws)
+    chance = _chance(counts)
     return {
         "n": len(truth),
         "subjects": len(set(subjects)),
-        "support": {label: int(count) for label, count in zip(labels, confusion.sum(axis=1), strict=True)},
+        "support": {label: int(count) for label, count in zip(labels, counts, strict=True)},
         "confusion": confusion.tolist(),
-        "metrics": {name: _entry(value, chance[name], intervals[name]) for name, value in values.items()},
+        "recall": _recalls(truth, probabilities, labels=labels, draws=draws),
+        "metrics": {
+            name: _entry(values[0], chance[name], interval(replicates[name]) if replicates else None)
+            for name, values in found.items()
+        },
     }
+
+
+def _chance(counts: np.ndarray) -> dict[str, float]:
+    """Each metric of a guess that ignores the signal: always the most frequent class, or all of one rank."""
+    present, total = np.count_nonzero(counts), counts.sum()
+    share = counts.max() / total
+    positive = counts[1:2] if len(counts) == 2 else counts[counts > 0]
+    return {
+        "balanced_accuracy": 1 / present,
+        "macro_f1": 2 * share / (1 + share) / present,
+        "weighted_f1": 2 * share / (1 + share) * share,
+        "kappa": 0.0,
+        "auroc": 0.5,
+        "auprc": float(np.mean(positive / total)),
+    }
+
+
+def _recalls(
+    truth: np.ndarray, probabilities: np.ndarray, *, labels: Sequence[str], draws: Draws | None
+) -> dict[str, dict[str, Any]]:
+    hit = probabilities.argmax(axis=1) == truth
+    matrices = None if draws is None else confusions(truth, probabilities, draws)
+    recalls: dict[str, dict[str, Any]] = {}
+    for k, label in enumerate(labels):
+        bounds = None
+        if matrices is not None:
+            actual = matrices[:, k].sum(axis=1)
+            bounds = interval(np.divide(matrices[:, k, k], actual, out=np.full(len(actual), np.nan), where=actual > 0))
+        value = float(hit[truth == k].mean()) if (truth == k).any() else None
+        recalls[label] = {"value": value, "interval": None if value is None else bounds}
+    return recalls
+
+
+def compare(
+    truth: np.ndarray,
+    ours: np.ndarray,
+    others: Sequence[np.ndarray],
+    *,
+    subjects: Sequence[str],
+    metric: str,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Difference of a metric between two ways to predict the same windows, and whether it is decided.
+
+    Args:
+        truth: (N,) class indices.
+        ours: (N, K) probabilities.
+        others: (N, K) of each run (seed) of the other way; its value is their mean, and the interval resamples the
+            runs as well as the subjects.
+        subjects: N subjects.
+        metric: Name in `METRICS`.
+        seed: Of the bootstrap.
+
+    Returns:
+        `difference`, `interval` (95 %, the same persons drawn for both), `verdict`: `yes` (better), `no` (worse) or
+        `not decided`, and `because` where the number of subjects forbids a verdict.
+    """
+    nobody = np.zeros(len(truth), dtype=int)
+    alone = Draws(index_N=nobody, times_RS=np.ones((1, 1)))
+    value = replicates_of(truth, ours, alone)[metric][0] - np.mean(
+        [replicates_of(truth, other, alone)[metric][0] for other in others]
+    )
+    draws = draw_subjects(subjects, seed=seed)
+    bounds = None
+    if draws is not None:
+        runs = np.stack([replicates_of(truth, other, draws)[metric] for other in others])
+        chosen = np.random.default_rng(seed).integers(len(runs), size=(len(runs), REPLICATES))
+        theirs = np.take_along_axis(runs, chosen, axis=0).mean(axis=0)
+        bounds = interval(replicates_of(truth, ours, draws)[metric] - theirs)
+    num_subjects = len(set(subjects))
+    is_few = num_subjects < MIN_SUBJECTS
+    verdict = "not decided"
+    if bounds is not None and not is_few:
+        verdict = "yes" if bounds[0] > 0 else "no" if bounds[1] < 0 else verdict
+    because = f"{num_subjects} subjects, a verdict takes {MIN_SUBJECTS}" if is_few else ""
+    return {"difference": float(value), "interval": bounds, "verdict": verdict, "because": because}
 
 
 def score_yes_no(
@@ -90,81 +174,28 @@ def score_yes_no(
         )
         for k, label in enumerate(labels)
     }
-    both = [scores for scores in per_label.values() if len(scores["metrics"]) == 4]
-    metrics = {
-        name: _entry(
-            np.mean([scores["metrics"][name]["value"] for scores in both]),
-            np.mean([scores["metrics"][name]["chance"] for scores in both]),
-            both[0]["metrics"][name]["interval"] if len(both) == 1 else None,
-        )
-        for name in (both[0]["metrics"] if both else ())
-    }
+    both = [scores for scores in per_label.values() if "auroc" in scores["metrics"]]
     return {
         "n": len(truth),
         "subjects": len(set(subjects)),
         "support": {label: int(truth[:, k].sum()) for k, label in enumerate(labels)},
         "per_label": {label: scores["metrics"] for label, scores in per_label.items()},
-        "metrics": metrics,
+        "metrics": _mean_metrics(both),
     }
 
 
-def _entry(value: Any, chance: Any, interval: list[float] | None) -> dict[str, Any]:
-    finite = float(value) if np.isfinite(value) else None
-    return {"value": finite, "chance": float(chance), "interval": interval}
-
-
-def _draws(subjects: Sequence[str], *, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """(index of each window's subject (N,), times each subject is drawn (R, S)), or None under two subjects."""
-    names, index = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(names) < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    return index, generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
-
-
-def _percentiles(values: np.ndarray) -> list[float] | None:
-    finite = values[np.isfinite(values)]
-    if len(finite) < len(values) / 2:
-        return None
-    low, high = np.percentile(finite, [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def _confusion_intervals(
-    truth: np.ndarray, guess: np.ndarray, *, size: int, subjects: Sequence[str], seed: int
-) -> dict[str, list[float] | None]:
-    """Percentile intervals from confusion matrices summed over resampled subjects."""
-    drawn = _draws(subjects, replicates=REPLICATES, seed=seed)
-    if drawn is None:
-        return dict.fromkeys(("balanced_accuracy", "macro_f1", "kappa"))
-    index, times_RS = drawn
-    per_subject = np.zeros((times_RS.shape[1], size, size))
-    np.add.at(per_subject, (index, truth, guess), 1)
-    confusion = np.tensordot(times_RS.astype(float), per_subject, axes=1)
-    hit = np.diagonal(confusion, axis1=1, axis2=2)
-    actual, guessed, total = confusion.sum(axis=2), confusion.sum(axis=1), confusion.sum(axis=(1, 2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall = np.where(actual > 0, hit / actual, np.nan)
-        f1 = np.where(actual > 0, 2 * hit / (actual + guessed), np.nan)
-        agreement = hit.sum(axis=1) / total
-        expected = (actual * guessed).sum(axis=1) / total**2
-        kappa = (agreement - expected) / (1 - expected)
+def _mean_metrics(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of each metric; an interval where there is one label only."""
     return {
-        "balanced_accuracy": _percentiles(np.nanmean(recall, axis=1)),
-        "macro_f1": _percentiles(np.nanmean(f1, axis=1)),
-        "kappa": _percentiles(kappa),
+        name: _entry(
+            np.mean([item["metrics"][name]["value"] for item in scores]),
+            np.mean([item["metrics"][name]["chance"] for item in scores]),
+            scores[0]["metrics"][name]["interval"] if len(scores) == 1 else None,
+        )
+        for name in (scores[0]["metrics"] if scores else ())
     }
 
 
-def _auroc_interval(truth: np.ndarray, score: np.ndarray, *, subjects: Sequence[str], seed: int) -> list[float] | None:
-    drawn = _draws(subjects, replicates=AUROC_REPLICATES, seed=seed)
-    if drawn is None:
-        return None
-    index, times_RS = drawn
-    values = np.full(len(times_RS), np.nan)
-    for replicate, times in enumerate(times_RS):
-        weight = times[index]
-        chosen = weight > 0
-        if len(np.unique(truth[chosen])) == 2:
-            values[replicate] = roc_auc_score(truth[chosen], score[chosen], sample_weight=weight[chosen])
-    return _percentiles(values)
+def _entry(value: Any, chance: Any, bounds: list[float] | None) -> dict[str, Any]:
+    finite = float(value) if np.isfinite(value) else None
+    return {"value": finite, "chance": float(chance), "interval": bounds}
