@@ -61,6 +61,7 @@ class Run:
 
     def __init__(self, config: PretrainConfig, streams: Sequence[Stream], *, watchdog: Watchdog, fence: Fence) -> None:
         self.config = config
+        self._order_digest = order_digest(config)
         self.run_dir = Path(config.run_dir).absolute()
         self.checkpoints = checkpoint_folder(config)
         self.watchdog = watchdog
@@ -105,7 +106,7 @@ class Run:
 
     def _resume(self) -> Progress:
         if self.saved is None:
-            data = order_state(self.order, config_digest=order_digest(self.config), batches_committed=0)
+            data = order_state(self.order, config_digest=self._order_digest, batches_committed=0)
             return Progress(step=0, windows=0, seconds=0.0, loss=None, data=data)
         if keys := differing_keys(self.config, read_meta(self.saved)["config"]):
             raise ConfigError(
@@ -113,7 +114,7 @@ class Run:
                 "another run_dir and storage"
             )
         progress = load_checkpoint(self.saved, self.model)
-        check_state(self.order, progress.data, config_digest=order_digest(self.config))
+        check_state(self.order, progress.data, config_digest=self._order_digest)
         logger.info("going on from %s", self.saved)
         if rank() == 0 and _exported_step(self.run_dir / ENCODER_FOLDER) != progress.step:
             self._export(self.saved)  # the run died between the checkpoint and its export
@@ -180,7 +181,7 @@ class Run:
             windows=self.progress.windows + self.config.global_batch,
             seconds=self.progress.seconds + seconds,
             loss=self.progress.loss if is_skipped else loss,
-            data=order_state(self.order, config_digest=order_digest(self.config), batches_committed=step),
+            data=order_state(self.order, config_digest=self._order_digest, batches_committed=step),
             skipped=self.progress.skipped + is_skipped,
         )
         self.meter.add(seconds=seconds, data_s=data_s, signal_s=batch.signal_s, flops=batch.flops)
