@@ -1,4 +1,4 @@
-"""Verbs of the adapters: adapt, predict, publish."""
+"""Verbs of the adapters: adapt, finetune, predict, publish."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,6 +32,22 @@ def adapt(
     if bundle is not None:
         write_bundle(result, bundle)
         console.print(f"bundle: {bundle}. Next: kymo predict {bundle} FILE.edf")
+
+
+def finetune(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:
+    """Train a graph over channels on a univariate encoder, every weight. Run the same command again to resume.
+
+    Example: kymo finetune jobs/configs/real/finetune_fists.yaml model.graph=gcn run_dir=demo/runs/fists_gcn
+    """
+    from adapters.config import FinetuneConfig
+    from adapters.finetune import finetune as train
+
+    result = train(load_config(FinetuneConfig, config, overrides or ()))
+    show_task_scores(result.scores)
+    for task, symbols in result.channels.items():
+        if symbols is not None:
+            console.print(f"{task}: {len(symbols)} channels that all training windows have", soft_wrap=True)
+    console.print(f"weights of step {result.kept_step}: {result.run_dir}")
 
 
 def show_task_scores(scores: dict[str, dict]) -> None:
