@@ -27,6 +27,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/signal_path.py --memory
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/train.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
