@@ -1,15 +1,25 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from upath import UPath
 
 from manifests.errors import ConfigError, ContractError
 from trainer import export
-from trainer.export import load_encoder, read_card, save_encoder
+from trainer.checkpoint import read_weights
+from trainer.config import PretrainConfig
+from trainer.export import load_encoder, load_model, read_card, save_encoder
+from trainer.export_run import export_run, find_sound
+from trainer.loop import pretrain
 from trainer.models.build import build_encoder
 from trainer.models.sleep import SleepEncoderConfig
+from trainer.objectives.build import build_objective
+from trainer.run import held_out_windows
+from trainer.storage import location
 
 
 @pytest.fixture
@@ -108,3 +118,105 @@ def test_a_folder_without_encoder_and_one_without_weights(
     (copy / name).unlink()
     with pytest.raises(error):
         load_encoder(copy)
+
+
+@pytest.fixture
+def finished(tiny_config: Callable[..., PretrainConfig]) -> PretrainConfig:
+    """A run with checkpoints of steps 2 and 4, equal in the score that it keeps the best of."""
+    config = tiny_config(steps=4, save_every=2, eval_every=2, keep_best="chance", evaluation={"num_windows": 4})
+    pretrain(config)
+    return config
+
+
+def test_the_exported_file_gives_the_outputs_of_the_run(finished: PretrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "encoder.safetensors"
+    card = export_run(finished.run_dir, out)
+    assert (card.step, card.recipes.keys(), card.objective) == (4, {"tiny"}, None)
+    from_folder, from_file = load_encoder(Path(finished.run_dir) / "encoder"), load_encoder(out)
+    assert from_file.config == from_folder.config
+    states = from_folder.state_dict(), from_file.state_dict()
+    assert states[0].keys() == states[1].keys()
+    objective = build_objective(from_folder, finished.objective)
+    batch = objective.collate(held_out_windows(finished), seed=0).to("cpu")
+    expected = objective.eval().embed(batch)
+    for name, tensor in build_objective(from_file, finished.objective).eval().embed(batch).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert load_file(out).keys() == states[0].keys()
+
+
+def test_the_whole_model_comes_back_with_its_objective_and_serves_as_encoder(
+    finished: PretrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.safetensors"
+    export_run(finished.run_dir, out, what="model")
+    model = load_model(out)
+    stored = read_weights(find_sound(finished.run_dir))
+    assert model.state_dict().keys() == stored.keys()
+    assert any(not name.startswith("encoder.") for name in stored)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+    for name, tensor in load_encoder(out).state_dict().items():
+        assert torch.equal(tensor, stored[f"encoder.{name}"]), name
+    export_run(finished.run_dir, tmp_path / "encoder.safetensors")
+    with pytest.raises(ConfigError, match="--what model"):
+        load_model(tmp_path / "encoder.safetensors")
+
+
+def test_bf16_is_half_as_long_and_is_loaded_as_fp32(finished: PretrainConfig, tmp_path: Path) -> None:
+    full, half = tmp_path / "full.safetensors", tmp_path / "half.safetensors"
+    export_run(finished.run_dir, full)
+    export_run(finished.run_dir, half, dtype=torch.bfloat16)
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    expected = load_encoder(full).state_dict()
+    for name, tensor in load_encoder(half).state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, expected[name].bfloat16().float()), name
+
+
+def test_a_step_or_the_best_may_be_asked_for_and_a_damaged_checkpoint_is_passed_over(
+    finished: PretrainConfig, tmp_path: Path
+) -> None:
+    assert export_run(finished.run_dir, tmp_path / "a.safetensors", step="2").step == 2
+    assert export_run(finished.run_dir, tmp_path / "b.safetensors", step="best").step == 4
+    with pytest.raises(ConfigError, match=r"no checkpoint of step '3'; there are: 4, 2"):
+        export_run(finished.run_dir, tmp_path / "c.safetensors", step="3")
+    newest = find_sound(finished.run_dir)
+    (newest / "aux.safetensors").write_bytes(b"damaged")
+    assert export_run(finished.run_dir, tmp_path / "d.safetensors").step == 2
+    with pytest.raises(ContractError, match=r"aux\.safetensors"):
+        export_run(finished.run_dir, tmp_path / "e.safetensors", step="4")
+    assert newest.exists(), "reading a run changes nothing in it"
+
+
+def test_what_cannot_be_exported_is_told(finished: PretrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint; give the folder of a pretraining run"):
+        export_run(str(tmp_path / "nowhere"), tmp_path / "out.safetensors")
+    with pytest.raises(ConfigError, match=r"end in \.safetensors"):
+        export_run(finished.run_dir, tmp_path / "out.bin")
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="exists"):
+        export_run(finished.run_dir, tmp_path / "out.safetensors")
+    with pytest.raises(ContractError, match="not a file that kymo export wrote"):
+        load_encoder(tmp_path / "out.safetensors")
+    export_run(finished.run_dir, tmp_path / "other.safetensors")
+    content = bytearray((tmp_path / "other.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other.safetensors").write_bytes(content)
+    with pytest.raises(ContractError, match="SHA-256"):
+        load_encoder(tmp_path / "other.safetensors")
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_whose_checkpoints_lie_in_a_store_is_exported_to_a_file_or_into_the_store(
+    tiny_config: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    UPath("s3://bucket").mkdir(exist_ok=True)
+    storage = f"s3://bucket/{tmp_path.name}"
+    config = tiny_config(steps=2, evaluation=None, storage=storage)
+    pretrain(config)
+    for number, run in enumerate((config.run_dir, storage)):
+        assert export_run(run, tmp_path / f"{number}.safetensors").step == 2
+    target = location(f"{storage}/exported.safetensors")
+    export_run(storage, target)
+    assert target.read_bytes() == (tmp_path / "0.safetensors").read_bytes()
