@@ -183,7 +183,7 @@ def _loss(state: "RunStatus") -> Text:
         change = (now - before) / max(abs(before), 1e-12)
         word = "steady" if abs(change) < _FLAT else "falling" if change < 0 else "rising"
         text.append(f", {word}: {before:.4f} → {now:.4f} over the last {state.trend_steps:,} steps")
-    for name, label in (("top1", "top-1"), ("alignment", "alignment"), ("uniformity", "uniformity")):
+    for name, label in (("top1", "top-1"), *((name, name) for name in ("alignment", "uniformity", "temperature"))):
         if name in row:
             text.append(f", {label} {row[name]:.3f}")
     if "grad_norm" in row:

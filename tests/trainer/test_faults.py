@@ -1,9 +1,11 @@
 """What a run survives: batches without a finite loss, samples that cannot be read. For machines see test_cluster."""
 
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -75,6 +77,48 @@ def test_a_step_without_a_finite_loss_changes_nothing_at_any_stage(
     rows = rows_of(config)
     assert [skipped for _, _, skipped in rows] == [0, 1, 1, 2]
     assert rows[0][1] == rows[1][1], "the loss of a skipped step is that of the one before it"
+
+
+def skip_on_one_of_two(number: int, port: int, plain: list[dict[str, Any]]) -> None:
+    """Train each run with a loss that is NaN on rank 1 alone in the second step; both ranks must leave it out."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update({**group, "RANK": str(number), "LOCAL_RANK": str(number)})
+    original, step = LeaveOneOut.loss, loop.train_step
+    for item in plain:
+        calls, seen = [0], []
+
+        def loss(self: Any, embedded: Any, calls: list[int] = calls) -> Any:
+            calls[0] += 1
+            found, metrics = original(self, embedded)
+            return found + (math.nan if number == 1 and calls[0] == 2 else 0.0), metrics
+
+        def look(model: Any, batches: Any, seen: list[Any] = seen, **options: Any) -> Any:
+            found = step(model, batches, **options)
+            seen.append([t.clone() for f in held_fragments(model) for t in f.tensors.values()])
+            return found
+
+        LeaveOneOut.loss, loop.train_step = loss, look
+        config = PretrainConfig.model_validate(item)
+        pretrain(config)
+        same = [all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) for one, two in pairwise(seen)]
+        assert same == [True, False], (number, config.zero_stage, same)
+        if config.zero_stage == 0:  # every rank has all of it
+            for tensor in seen[-1]:
+                other = tensor.clone()
+                torch.distributed.broadcast(other, src=0)
+                assert torch.equal(tensor, other)
+    LeaveOneOut.loss, loop.train_step = original, step
+
+
+def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(
+    tiny_config: MakeConfig, run_ranks: Callable[..., None]
+) -> None:
+    settings = {"steps": 3, "evaluation": None, "encoder": {"kind": "sleep", "width": 16, "depth": 1}}
+    configs = [tiny_config(f"zero-{stage}", zero_stage=stage, **settings) for stage in range(4)]
+    run_ranks(skip_on_one_of_two, [config.model_dump(mode="json") for config in configs])
+    for config in configs:
+        assert [row["step"] for row in read_skipped(Path(config.run_dir))] == [2]
+        assert [skipped for _, _, skipped in rows_of(config)] == [0, 1, 1]
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_too_and_its_samples_are_written_out(
