@@ -27,6 +27,8 @@ from rich.text import Text
 RIGHT = {
     *("recordings", "subjects", "unreadable", "done", "quarantined", "hours", "MB", "share", "windows", "channels"),
     *("value", "chance", "seconds", "n"),
+    *("samples", "weight", "quota", "repeats", "total repeats"),
+    *("cache GB", "hit rate", "downloads per shard", "download MB/s"),
 }
 
 # A file or a pipe has no width; 80 columns would break the tables.

@@ -41,7 +41,7 @@ FREE_KEYS = frozenset(
     }
 )
 # What the order of samples depends on, beside the snapshots, the seed and the batch size, which its state names.
-ORDER_KEYS = ("split", "filter", "bucket_by", "snapshots")
+ORDER_KEYS = ("split", "filter", "bucket_by", "block_samples", "snapshots")
 
 
 _Count = Annotated[int, Field(ge=1)]
@@ -109,6 +109,8 @@ class PretrainConfig(_Section):
     curriculum: list[CurriculumStep] = []  # other weights from later steps on; may be changed for steps to come
     # All windows of a step have one rate, length (in samples) or number of channels (up to 1, 2, 4, 8, …).
     bucket_by: list[Shape] = []
+    # Samples of a corpus that are shuffled among each other, and so the shards that must be at hand: `kymo simulate`.
+    block_samples: Annotated[int, Field(ge=1)] = 100_000
     encoder: EncoderConfig
     objective: ObjectiveConfig
     global_batch: Annotated[int, Field(ge=2)] = 64  # windows of one optimizer step, over all workers

@@ -42,15 +42,17 @@ class Address:
     row: int
 
 
-def permutation(shard: np.ndarray, *, key: Sequence[Any]) -> np.ndarray:
+def permutation(shard: np.ndarray, *, key: Sequence[Any], block_samples: int | None = None) -> np.ndarray:
     """Order of N samples for one epoch, int64 (N,): shards permuted, then samples inside blocks of shards.
 
-    A block holds at least `BLOCK_SAMPLES` samples and `BLOCK_SHARDS` shards, so that only its shards are hot.
+    A block holds at least `block_samples` samples and `BLOCK_SHARDS` shards, so that only its shards are hot.
 
     Args:
         shard: (N,) shard of each sample, sorted.
         key: What the permutation depends on; its digest keys a Philox generator.
+        block_samples: `BLOCK_SAMPLES` by default.
     """
+    block_samples = block_samples or BLOCK_SAMPLES
     # Raw words and a stable sort: numpy promises the bit generator's words for ever, and no more than that.
     words = np.random.Philox(key=int(digest(list(key))[:32], 16))
     _, start, count = np.unique(shard, return_index=True, return_counts=True)
@@ -60,7 +62,7 @@ def permutation(shard: np.ndarray, *, key: Sequence[Any]) -> np.ndarray:
     first = 0
     while first < len(by_chance):
         last, size = first, 0
-        while last < len(by_chance) and (size < BLOCK_SAMPLES or last - first < BLOCK_SHARDS):
+        while last < len(by_chance) and (size < block_samples or last - first < BLOCK_SHARDS):
             size += int(count[by_chance[last]])
             last += 1
         rows = np.concatenate([np.arange(int(start[s]), int(start[s] + count[s])) for s in by_chance[first:last]])
@@ -97,11 +99,18 @@ class Order:
     """Addresses of every global batch, from the streams, the seed, the batch size and the mixture alone."""
 
     def __init__(
-        self, streams: Sequence[Stream], *, seed: int, global_batch: int, segments: Sequence[Segment] = ()
+        self,
+        streams: Sequence[Stream],
+        *,
+        seed: int,
+        global_batch: int,
+        segments: Sequence[Segment] = (),
+        block_samples: int | None = None,
     ) -> None:
         self.streams = tuple(streams)
         self.seed = seed
         self.global_batch = global_batch
+        self._block_samples = block_samples
         buckets = sorted({stream.bucket for stream in streams})
         self._bucket = tuple(buckets.index(stream.bucket) for stream in streams)
         self.segments = tuple(segments) or (self._segment([stream.weight for stream in streams], from_batch=0),)
@@ -118,18 +127,31 @@ class Order:
         """The same order up to `from_batch`, with another mixture after it; a stream of weight 0 rests."""
         kept = [segment for segment in self.segments if segment.from_batch < from_batch]
         segments = [*kept, self._segment(weights, from_batch=from_batch, earlier=kept)]
-        return Order(self.streams, seed=self.seed, global_batch=self.global_batch, segments=segments)
+        return Order(
+            self.streams,
+            seed=self.seed,
+            global_batch=self.global_batch,
+            segments=segments,
+            block_samples=self._block_samples,
+        )
 
     def _permute(self, stream: int, epoch: int) -> np.ndarray:
         item = self.streams[stream]
         shape = [item.bucket] if item.bucket else []
-        return permutation(item.shard, key=[ORDER_VERSION, item.snapshot, self.seed, item.corpus, epoch, *shape])
+        key = [ORDER_VERSION, item.snapshot, self.seed, item.corpus, epoch, *shape]
+        return permutation(item.shard, key=key, block_samples=self._block_samples)
 
     def address(self, stream: int, position: int) -> Address:
         """What stands at a position of a stream."""
         epoch, place = divmod(position, len(self.streams[stream]))
         row = int(self._epoch_rows(stream, epoch)[place])
         return Address(stream=stream, position=position, epoch=epoch, row=row)
+
+    def rows(self, stream: int, begin: int, count: int) -> np.ndarray:
+        """Rows of a stream at positions from `begin` on, int64 (count,)."""
+        epochs, places = np.divmod(np.arange(begin, begin + count), len(self.streams[stream]))
+        parts = [self._epoch_rows(stream, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
 
     def batch(self, index: int) -> list[Address]:
         """The G addresses of a global batch, streams interleaved."""
@@ -199,6 +221,7 @@ def mixed_order(
     global_batch: int,
     weights: Mapping[str, float] | None = None,
     curriculum: Sequence[CurriculumStep] = (),
+    block_samples: int | None = None,
 ) -> Order:
     """Order under the weights of corpora, and under those of the curriculum from its steps on.
 
@@ -209,7 +232,7 @@ def mixed_order(
     if weights is not None:
         shared = corpus_weights(weights, corpora=corpora, sizes=sizes, where="weights")
         streams = [replace(stream, weight=weight) for stream, weight in zip(streams, shared, strict=True)]
-    order = Order(streams, seed=seed, global_batch=global_batch)
+    order = Order(streams, seed=seed, global_batch=global_batch, block_samples=block_samples)
     for index, item in enumerate(curriculum):
         where = f"curriculum.{index}"
         if item.from_step <= order.segments[-1].from_batch:

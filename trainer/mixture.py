@@ -51,6 +51,12 @@ class Segment:
     totals: tuple[int, ...]
     base: tuple[int, ...]
 
+    def share(self, stream: int) -> float:
+        """Part of the samples of the stretch that a stream gives."""
+        k = self.bucket[stream]
+        total = sum(n for n, bucket in zip(self.totals, self.bucket, strict=True) if bucket == k)
+        return self.batches[k] / sum(self.batches) * self.totals[stream] / max(total, 1)
+
     def mark(self) -> str:
         """16 hex digits that tell one mixture from another; where it begins is not a part of it."""
         # Of one bucket, the mark is that of the totals, which older checkpoints hold in full.

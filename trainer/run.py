@@ -75,6 +75,7 @@ class Run:
             global_batch=config.global_batch,
             weights=config.weights,
             curriculum=config.curriculum,
+            block_samples=config.block_samples,
         )
         snapshots = [open_snapshot(source.path) for source in config.snapshots]
         self.recipes = {str(snapshot.recipe["id"]): snapshot.recipe for snapshot in snapshots}
