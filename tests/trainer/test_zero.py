@@ -7,7 +7,7 @@ from torch import nn
 
 from manifests.errors import ConfigError
 from trainer.config import OptimizerConfig, PretrainConfig
-from trainer.zero import deepspeed_dict, initialise, join_processes, learning_rate
+from trainer.zero import deepspeed_dict, gathered, initialise, join_processes, learning_rate, train_step
 
 
 def config(**changes: object) -> PretrainConfig:
@@ -60,6 +60,55 @@ def test_a_parameter_without_dimensions_is_refused_with_the_remedy() -> None:
         initialise(Scalar(), config())
 
 
+def test_batch_norm_is_refused_with_the_remedy() -> None:
+    join_processes("auto")
+    with pytest.raises(ConfigError, match=r"module 1 is a BatchNorm1d.*GroupNorm or LayerNorm"):
+        initialise(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), config())
+
+
+class Regression(nn.Module):
+    """Mean squared error, so that the mean over equal micro-batches is that of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (self.layers(rows).squeeze(1) - rows.sum(dim=1)).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("stage", range(4))
+def test_clipping_and_accumulation_are_those_of_torch(stage: int, parts: int, clipping: float) -> None:
+    join_processes("auto")
+    settings = config(
+        zero_stage=stage,
+        gradient_accumulation=parts,
+        gradient_clipping=clipping,
+        optimizer={"lr": 0.05, "weight_decay": 0.0},
+    )
+    model, plain = initialise(Regression(), settings), Regression()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step in range(3):
+        rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
+        metrics, norm = train_step(model, list(rows.chunk(parts)))
+        optimizer.zero_grad()
+        loss, _ = plain(rows)
+        loss.backward()
+        expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), clipping or math.inf)
+        optimizer.step()
+        assert norm == pytest.approx(float(expected), rel=1e-5)
+        assert norm > 0.1, "nothing would be clipped"
+        assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    parameters = dict(model.module.named_parameters())
+    with gathered(model, list(parameters.values())):
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(parameters[name].detach(), parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_dict_follows_the_configuration() -> None:
     join_processes("auto")
     made = deepspeed_dict(config(zero_stage=2, precision="bf16", global_batch=64, gradient_accumulation=4))
@@ -67,7 +116,10 @@ def test_the_dict_follows_the_configuration() -> None:
     assert made["torch_autocast"]["enabled"]
     assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] == 64
     assert made["checkpoint"]["tag_validation"] == "Fail"
-    assert not deepspeed_dict(config())["torch_autocast"]["enabled"]
+    assert made["torch_autocast"]["dtype"] == "bfloat16"
+    assert not deepspeed_dict(config(precision="fp32"))["torch_autocast"]["enabled"]
+    assert config().precision == "auto"
+    assert deepspeed_dict(config())["torch_autocast"]["enabled"] == torch.cuda.is_available()
     with pytest.raises(ConfigError, match="global_batch"):
         deepspeed_dict(config(global_batch=2, gradient_accumulation=4))
 
