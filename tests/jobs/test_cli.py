@@ -17,7 +17,7 @@ from manifests.config import dump_yaml
 VERBS = [
     *("corpora", "fetch", "scan", "plan", "convert", "status", "verify", "report", "preview"),
     *("diff", "repack", "quarantine"),
-    *("pretrain", "evaluate", "adapt", "finetune", "predict", "publish", "submit", "doctor", "demo"),
+    *("mix", "simulate", "pretrain", "evaluate", "adapt", "finetune", "predict", "publish", "submit", "doctor", "demo"),
 ]
 
 
