@@ -20,6 +20,8 @@ OTHER = {
     "evaluation": None,
     "optimizer": {"schedule": "constant"},
     "filter": {"labelled": True},
+    "weights": {"tiny": 2.0},
+    "bucket_by": ["rate"],
 }
 
 

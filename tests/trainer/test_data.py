@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from manifests.errors import ConfigError, ContractError
 from trainer import data
+from trainer.config import PretrainConfig
 from trainer.data import (
     Order,
     check_state,
@@ -17,8 +19,10 @@ from trainer.data import (
     rank_slice,
     state_from_json,
 )
+from trainer.loop import pretrain
 from trainer.mixture import CurriculumStep
 from trainer.samples import Keys, Stream
+from trainer.tiny import write_tiny_snapshot
 
 
 def stream(
@@ -252,3 +256,37 @@ def test_the_shards_that_come_next_are_known_in_the_order_of_need(monkeypatch: p
             for a in order.batch(index)
         }
         assert set(needed[: needed.index(soon[-1])]) & hot <= before
+
+
+def test_a_run_goes_on_under_another_curriculum_but_not_with_another_past(
+    tiny_config: Callable[..., PretrainConfig], tiny_snapshot: Path, tmp_path: Path
+) -> None:
+    write_tiny_snapshot(tmp_path / "b", corpus="b")
+
+    def config(first: float, second: float, **changes: object) -> PretrainConfig:
+        curriculum = [
+            {"from_step": step, "weights": {"tiny": 1.0, "b": weight}} for step, weight in ((2, first), (5, second))
+        ]
+        return tiny_config(
+            snapshots=[{"path": str(tiny_snapshot)}, {"path": str(tmp_path / "b")}],
+            steps=6,
+            evaluation=None,
+            curriculum=curriculum,
+            **changes,
+        )
+
+    assert pretrain(config(3.0, 1.0, stop_at=4)).step == 4
+    with pytest.raises(ConfigError, match="the mixture from step 2 on"):
+        pretrain(config(2.0, 1.0))
+    assert pretrain(config(3.0, 0.0)).is_finished
+
+
+def test_a_run_over_two_rates_needs_buckets(
+    tiny_config: Callable[..., PretrainConfig], tiny_snapshot: Path, tmp_path: Path
+) -> None:
+    write_tiny_snapshot(tmp_path / "b", corpus="b", rate_hz=128, num_subjects=4)
+    snapshots = [{"path": str(tiny_snapshot)}, {"path": str(tmp_path / "b")}]
+    with pytest.raises(ConfigError, match="mixes rates"):
+        pretrain(tiny_config("mixed", snapshots=snapshots, steps=2))
+    config = tiny_config(snapshots=snapshots, steps=4, bucket_by=["rate", "length"])
+    assert pretrain(config).is_finished
