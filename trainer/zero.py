@@ -46,10 +46,10 @@ def join_processes(backend: str, *, timeout_s: float = 900.0) -> None:
         raise ConfigError("backend: nccl needs a GPU and this machine has none; set backend to auto or gloo")
     chosen = ("nccl" if has_gpu else "gloo") if backend == "auto" else backend
     timeout = timedelta(seconds=timeout_s)
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            if has_gpu:  # Ray Train has done so; torchrun leaves it to us
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group(chosen, timeout=timeout)
         else:
             store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] (public in torch's manual)

@@ -1,12 +1,9 @@
 """Two gloo processes must give exactly what one process gives, gradients included."""
 
-import socket
-
 import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from manifests.channels import ChannelTag, resolve
 from trainer.collectives import (
@@ -92,12 +89,15 @@ def run_rank(number, port, folder):
         gathered = all_gather_with_grad(rows)
         (gathered * (1 + number) * torch.arange(4)[:, None]).sum().backward()
         empty = all_gather_rows(torch.ones(3 * number, 2, dtype=torch.bool))
+        nowhere = torch.zeros(0, 2, requires_grad=True)
+        all_gather_with_grad(nowhere).sum().backward()
         result = {
             "rank": rank(),
             "sizes": gather_sizes(len(rows), device="cpu"),
             "gathered": gathered.detach(),
             "rows_gradient": rows.grad,
             "empty": empty,
+            "nowhere_gradient": nowhere.grad,
             "objectives": losses_and_gradients(own),
         }
         torch.save(result, folder / f"{number}.pt")
@@ -106,12 +106,9 @@ def run_rank(number, port, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, run_ranks):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(run_rank, args=(port, folder), nprocs=2, join=True)
+    run_ranks(run_rank, folder)
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2)]
 
 
@@ -122,6 +119,7 @@ def test_rows_of_unequal_ranks_arrive_in_rank_order(ranks):
         assert result["gathered"][:, 0].tolist() == [0, 10, 11, 12]
         assert result["empty"].dtype == torch.bool
         assert result["empty"].shape == (3, 2)
+        assert result["nowhere_gradient"].shape == (0, 2)
 
 
 def test_gradients_of_all_ranks_reach_the_owner(ranks):
