@@ -1,14 +1,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from manifests.config import dump_yaml
 from manifests.errors import ConfigError, ContractError
 from trainer import loop, meter, stopper
 from trainer.config import PretrainConfig
@@ -20,14 +18,6 @@ from trainer.run_folder import read_result
 from trainer.tiny import write_tiny_snapshot
 
 MakeConfig = Callable[..., PretrainConfig]
-
-RANK_SCRIPT = """
-import sys
-from manifests.config import load_config
-from trainer.config import PretrainConfig
-from trainer.loop import pretrain
-pretrain(load_config(PretrainConfig, sys.argv[1], sys.argv[2:]))
-"""
 
 
 def losses(run_dir: str) -> list[tuple[int, float, float]]:
@@ -140,7 +130,7 @@ def test_resume_goes_back_past_a_damaged_checkpoint(
 def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
     way: str, tiny_config: MakeConfig, uninterrupted: list[tuple[int, float, float]]
 ) -> None:
-    config = tiny_config()
+    config = tiny_config(save="sync")  # async, the report of step 3 comes some steps later
 
     def ask(values: dict[str, float]) -> None:
         if values["step"] == 3:
@@ -242,38 +232,23 @@ def test_held_out_windows_are_the_same_every_time_and_of_their_split(tiny_config
     assert held_out_windows(tiny_config(evaluation=None)) == []
 
 
-def run_ranks(config: PretrainConfig, environments: list[dict[str, str]]) -> list[subprocess.Popen[bytes]]:
-    """Processes of one group, as torchrun starts them."""
-    path = Path(config.run_dir + ".yaml")
-    path.write_text(dump_yaml(config.model_dump(mode="json")))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_SCRIPT, str(path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            cwd=Path(loop.__file__).parent.parent,
-        )
-        for environment in environments
-    ]
-
-
-def wait(processes: list[subprocess.Popen[bytes]]) -> None:
-    try:
-        assert [process.wait(timeout=180) for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
+def train_on_rank(number: int, port: int, plain: dict[str, Any]) -> None:
+    """What each process of a group does, as torchrun would start it."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update({**group, "RANK": str(number), "LOCAL_RANK": str(number)})
+    pretrain(PretrainConfig.model_validate(plain))
 
 
 def test_two_processes_resume_bit_for_bit_and_one_goes_on_alone(
-    tiny_config: MakeConfig, two_ranks: Callable[[], list[dict[str, str]]]
+    tiny_config: MakeConfig, run_ranks: Callable[..., None]
 ) -> None:
     # Without dropout, whose draws differ between one rank and two.
     changes = {"zero_stage": 2, "encoder": {"kind": "sleep", "width": 16, "depth": 1}}
     full, cut, alone = (tiny_config(name, **changes) for name in ("full", "cut", "alone"))
-    stopped = run_ranks(cut.model_copy(update={"stop_at": 4}), two_ranks())
-    wait([*run_ranks(full, two_ranks()), *stopped])
+    run_ranks(train_on_rank, full.model_dump(mode="json"))
+    run_ranks(train_on_rank, cut.model_copy(update={"stop_at": 4}).model_dump(mode="json"))
     shutil.copytree(cut.run_dir, alone.run_dir)
-    wait(run_ranks(cut, two_ranks()))
+    run_ranks(train_on_rank, cut.model_dump(mode="json"))
     assert losses(cut.run_dir) == losses(full.run_dir)
     assert [row[0] for row in losses(full.run_dir)] == list(range(1, 9))
     pretrain(alone)
