@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    roc_auc_score,
+)
 
-from trainer.evaluation.scores import score_classes, score_yes_no
+from trainer.evaluation.scores import compare, score_classes, score_yes_no
 
 RNG = np.random.default_rng(0)
 
@@ -22,7 +28,10 @@ def test_values_are_those_of_scikit_learn():
         {
             "balanced_accuracy": balanced_accuracy_score(truth, guess),
             "macro_f1": f1_score(truth, guess, average="macro"),
+            "weighted_f1": f1_score(truth, guess, average="weighted"),
             "kappa": cohen_kappa_score(truth, guess),
+            "auroc": np.mean([roc_auc_score(truth == k, probabilities[:, k]) for k in range(5)]),
+            "auprc": np.mean([average_precision_score(truth == k, probabilities[:, k]) for k in range(5)]),
         }
     )
     assert scores["n"] == 400
@@ -51,6 +60,54 @@ def test_binary_tasks_have_auroc():
     entry = scores["metrics"]["auroc"]
     assert entry["value"] == pytest.approx(roc_auc_score(truth, probabilities[:, 1]))
     assert entry["interval"][0] < entry["value"] < entry["interval"][1]
+    precision = scores["metrics"]["auprc"]
+    assert precision["value"] == pytest.approx(average_precision_score(truth, probabilities[:, 1]))
+    assert precision["chance"] == pytest.approx(truth.mean())
+
+
+def test_tied_scores_count_half():
+    truth = np.array([0, 1, 0, 1, 1, 0])
+    score = np.array([0.2, 0.2, 0.1, 0.9, 0.2, 0.9])
+    scores = score_classes(truth, np.stack([1 - score, score], axis=1), labels=["a", "b"], subjects=list("xyzxyz"))
+    assert scores["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(truth, score))
+    assert scores["metrics"]["auprc"]["value"] == pytest.approx(average_precision_score(truth, score))
+
+
+def test_recall_by_class_has_an_interval_over_subjects():
+    truth = np.tile([0, 1], 20)
+    probabilities = np.eye(2)[np.where(np.arange(40) < 10, 0, truth)]  # subject w guesses 0 always
+    subjects = np.repeat(list("wxyz"), 10).tolist()
+    recall = score_classes(truth, probabilities, labels=["a", "b"], subjects=subjects)["recall"]
+    assert recall["a"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert recall["b"]["value"] == pytest.approx(0.75)
+    assert recall["b"]["interval"][0] < 0.75 < recall["b"]["interval"][1]
+
+
+def paired(num_subjects: int, *, ours: float, theirs: float) -> dict:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 2, 40 * num_subjects)
+    subjects = np.repeat([f"s{n}" for n in range(num_subjects)], 40).tolist()
+
+    def guess(right: float) -> np.ndarray:
+        return np.eye(2)[np.where(rng.random(len(truth)) < right, truth, 1 - truth)]
+
+    others = [guess(theirs) for _ in range(3)]
+    return compare(truth, guess(ours), others, subjects=subjects, metric="balanced_accuracy")
+
+
+def test_a_comparison_is_decided_by_the_interval_of_the_difference():
+    assert paired(12, ours=0.9, theirs=0.7)["verdict"] == "yes"
+    assert paired(12, ours=0.7, theirs=0.9)["verdict"] == "no"
+    equal = paired(12, ours=0.8, theirs=0.8)
+    assert equal["verdict"] == "not decided"
+    assert equal["interval"][0] < 0 < equal["interval"][1]
+
+
+def test_five_subjects_decide_nothing():
+    found = paired(5, ours=0.95, theirs=0.6)
+    assert found["interval"][0] > 0
+    assert found["verdict"] == "not decided"
+    assert found["because"] == "5 subjects, a verdict takes 6"
 
 
 def test_interval_counts_subjects_and_not_windows():

@@ -47,8 +47,13 @@ class Reading:
 
 
 def reading_of(task: Task, objective: BaseModel | None) -> Reading:
-    """How the encoder of an objective read windows, limited to the task's kinds; without one, as the task says."""
-    modalities: Mapping[str, tuple[str, ...]] = getattr(objective, "modalities", {"all": tuple(task.kinds)})
+    """How the encoder of an objective read windows, limited to the task's kinds; without one, as the task says.
+
+    An objective of single channels gives each kind a block of its own.
+    """
+    if objective is None:
+        return Reading(groups={"all": tuple(task.kinds)}, view=task.view, segment_s=None)
+    modalities: Mapping[str, tuple[str, ...]] = getattr(objective, "modalities", {kind: (kind,) for kind in task.kinds})
     groups = {name: tuple(kind for kind in kinds if kind in task.kinds) for name, kinds in modalities.items()}
     left = tuple(kind for kind in task.kinds if not any(kind in kinds for kinds in groups.values()))
     groups = {name: kinds for name, kinds in groups.items() if kinds} | ({"others": left} if left else {})
