@@ -16,7 +16,7 @@ import torch
 
 from manifests.channels import KINDS
 from manifests.errors import ConfigError, ContractError
-from trainer.memory import stored_rows
+from trainer.memory import float_rows, stored_rows
 from trainer.read import Tags, Window, read_rows
 from trainer.views import View, dequantise, find_view, scaling
 
@@ -93,18 +93,29 @@ class StoredBatch:
     def to(self, device: torch.device | str) -> ChannelBatch:
         """The batch on `device`, in the units of the view."""
         moved = move(self, device)
-        signal_RT = dequantise(moved.stored_RT, moved.gain_R, moved.shift_R, view=self.view)
+        out_RT = float_rows(*self.stored_RT.shape) if moved.stored_RT.device.type == "cpu" else None
+        signal_RT = dequantise(moved.stored_RT, moved.gain_R, moved.shift_R, view=self.view, out_RT=out_RT)
+        padded_RT = signal_RT
         if len(signal_RT) < self.mask_BC.numel():
-            padded = signal_RT.new_zeros(self.mask_BC.numel(), self.num_samples)
-            signal_RT = padded.index_copy_(0, moved.place_R, signal_RT)
+            padded_RT = _zero_rows(self.mask_BC.numel(), like=signal_RT, but=moved.place_R)
+            padded_RT.index_copy_(0, moved.place_R, signal_RT)
         return ChannelBatch(
-            signal_BCT=signal_RT.view(*self.mask_BC.shape, self.num_samples),
+            signal_BCT=padded_RT.view(*self.mask_BC.shape, self.num_samples),
             mask_BC=moved.mask_BC,
             anode_BC=moved.anode_BC,
             cathode_BC=moved.cathode_BC,
             kind_BC=moved.kind_BC,
             rate_hz=self.rate_hz,
         )
+
+
+def _zero_rows(num_rows: int, *, like: torch.Tensor, but: torch.Tensor) -> torch.Tensor:
+    """Rows of zeros, as long and on the same device as those of `like`; the rows `but` are going to be written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(num_rows, like.shape[1])
+    rows = float_rows(num_rows, like.shape[1])
+    is_padding = torch.ones(num_rows, dtype=torch.bool).index_fill_(0, but, 0)
+    return rows.index_fill_(0, is_padding.nonzero()[:, 0], 0.0)
 
 
 class Cut(NamedTuple):

@@ -1,13 +1,12 @@
 """Host memory that batches are read into, used again and again: a fresh page costs a fault every 4 KiB."""
 
-import math
 import threading
 import weakref
 
 import numpy as np
 import torch
 
-MAX_BUFFERS = 32  # a few batches ahead, of a few modalities each
+MAX_BUFFERS = 64  # a few batches ahead, of a few modalities each
 
 
 class Buffers:
@@ -32,7 +31,10 @@ class Buffers:
             )
             _, free = min(fitting, default=(0, None))
             spare = num_bytes // 8  # the next batch may be a little larger
-            memory = np.empty(num_bytes + spare, dtype=np.uint8) if free is None else self._lent.pop(free)[0]
+            # torch aligns it: the last bits of a sum may depend on where its terms lie.
+            memory = (
+                torch.empty(num_bytes + spare, dtype=torch.uint8).numpy() if free is None else self._lent.pop(free)[0]
+            )
             view = memory[:num_bytes]
             self._lent = [*self._lent, (memory, weakref.ref(view))][-self._limit :]
             return view.data
@@ -46,5 +48,14 @@ def stored_rows(num_rows: int, num_samples: int) -> torch.Tensor:
     if torch.cuda.is_available():
         # torch keeps pinned blocks itself and lends one again when the copies that were begun from it are done.
         return torch.empty(num_rows, num_samples, dtype=torch.int16, pin_memory=True)
-    count = math.prod((num_rows, num_samples))
-    return torch.from_numpy(np.frombuffer(_BUFFERS.take(2 * count), dtype=np.int16).reshape(num_rows, num_samples))
+    return _rows(num_rows, num_samples, np.int16)
+
+
+def float_rows(num_rows: int, num_samples: int) -> torch.Tensor:
+    """float32 (num_rows, num_samples) for a batch that stays on the host; its content is undefined."""
+    return _rows(num_rows, num_samples, np.float32)
+
+
+def _rows(num_rows: int, num_samples: int, dtype: type[np.generic]) -> torch.Tensor:
+    num_bytes = num_rows * num_samples * np.dtype(dtype).itemsize
+    return torch.from_numpy(np.frombuffer(_BUFFERS.take(num_bytes), dtype=dtype).reshape(num_rows, num_samples))

@@ -25,7 +25,7 @@ import numpy as np
 import orjson
 
 from manifests.errors import ContractError
-from manifests.shards import BLOCK, array_from_npy, npy_layout, parse_member, parse_sample
+from manifests.shards import BLOCK, npy_layout, parse_member, parse_sample
 from trainer.data import Address, Order, Stream
 from trainer.memory import Buffers
 
@@ -37,7 +37,8 @@ MAX_OPEN_SHARDS = 128
 # The headers of a sample are read one by one where it is not read whole: five calls of the system cost as much as
 # 128 KiB from the page cache.
 WHOLE_BYTES = 128 << 10
-HEADER_BYTES = BLOCK + 512  # the tar header of a member, and the .npy header that follows
+NPY_HEADER_BYTES = 128  # of every array that the engine writes (manifests/shards.py)
+HEADER_BYTES = BLOCK + NPY_HEADER_BYTES
 MAX_TAGS = 1024  # texts of tags whose parsed form is kept, about 40 KB each
 UCS_MARK = b',"ucs":'
 
@@ -131,7 +132,7 @@ class StoredArray:
 class Window:
     """One sample of a snapshot at one position of the training order.
 
-    `arrays` maps a kind to int16 of shape (C, T), read-only, or to what `read_rows` reads from the shard; `meta` is
+    `arrays` maps a kind to int16 of shape (C, T), read-only, or under `work_on` to a `StoredArray`; `meta` is
     the sample's JSON (manifests/shards.py).
     """
 
@@ -141,7 +142,7 @@ class Window:
     corpus: str
     recording: str
     meta: dict[str, Any]
-    arrays: dict[str, np.ndarray | StoredArray]
+    arrays: dict[str, Any]
 
 
 def read_rows(array: np.ndarray | StoredArray, rows: Sequence[int], out_CT: np.ndarray, *, start: int = 0) -> None:
@@ -286,7 +287,7 @@ class SnapshotReader:
         """Key, JSON and arrays of a sample: read whole into `into`, or all but the signal if there is no `into`."""
         stream = self._streams[address.stream]
         shard, offset = stream.shards[stream.shard[address.row]], int(stream.offset[address.row])
-        arrays: dict[str, np.ndarray | StoredArray]
+        arrays: dict[str, Any]
         if into is None:
             key, text, arrays = self._parse_headers(shard, offset, int(stream.num_bytes[address.row]))
         else:
@@ -318,11 +319,9 @@ class SnapshotReader:
                 self._shards.read(shard, memoryview(content), offset + position)
                 text = bytes(content)
             else:
-                dtype, shape, begin = npy_layout(part[BLOCK:])
-                _check_layout(dtype, shape)
-                begin += offset + position
+                shape, begin = _layout(bytes(part[BLOCK:]))
                 arrays[extension[:-4]] = StoredArray(
-                    key=key, shape=(shape[0], shape[1]), shards=self._shards, shard=shard, offset=begin
+                    key=key, shape=shape, shards=self._shards, shard=shard, offset=offset + position + begin
                 )
             position += length + (-length % BLOCK)
         if len(keys) > 1:
@@ -393,15 +392,19 @@ def _load(array: np.ndarray | StoredArray) -> np.ndarray:
 
 
 def _in_memory(member: memoryview) -> np.ndarray:
-    array = array_from_npy(member)
-    _check_layout(array.dtype, array.shape)
+    shape, begin = _layout(bytes(member[:NPY_HEADER_BYTES]))
+    array = np.frombuffer(member, dtype=np.int16, count=shape[0] * shape[1], offset=begin).reshape(shape)
     array.flags.writeable = False  # a view of the batch's buffer
     return array
 
 
-def _check_layout(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+@lru_cache(maxsize=MAX_TAGS)
+def _layout(header: bytes) -> tuple[tuple[int, int], int]:
+    """Shape of an array, and the byte of its `.npy` member where its data begin."""
+    dtype, shape, begin = npy_layout(memoryview(header))
     if dtype != np.int16 or len(shape) != 2:
         raise ContractError(f"an array of {dtype} and shape {shape}; shards hold int16 of channels x samples")
+    return (shape[0], shape[1]), begin
 
 
 def parse_meta(text: bytes) -> dict[str, Any]:

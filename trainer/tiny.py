@@ -44,7 +44,7 @@ def write_tiny_snapshot(
     num_subjects: int = 6,
     windows_per_subject: int = 8,
     channels: Mapping[str, Sequence[str]] = CHANNELS,
-    rate_hz: int = 64,
+    rate_hz: int | Mapping[str, int] = 64,
     seconds: int = 8,
     num_shards: int = 4,
     num_held_out: int = 2,
@@ -52,7 +52,8 @@ def write_tiny_snapshot(
 ) -> Snapshot:
     """Snapshot written to `folder`: `num_held_out` subjects are split `val`, the others `train`.
 
-    Subject 1 lacks the last kind of `channels`; windows carry the stages W, N1, N2, N3, R in turn.
+    Subject 1 lacks the last kind of `channels`; windows carry the stages W, N1, N2, N3, R in turn. `rate_hz` may give
+    each kind its own rate; the first one's counts a window's start and length.
     """
     rng = np.random.default_rng([seed, 7])
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,8 +64,8 @@ def write_tiny_snapshot(
             window=window,
             corpus=corpus,
             kinds={kind: channels[kind] for kind in list(channels)[: -1 if subject == 1 else None]},
-            length=rate_hz * seconds,
-            rate_hz=rate_hz,
+            seconds=seconds,
+            rates_hz={kind: rate_hz if isinstance(rate_hz, int) else rate_hz[kind] for kind in channels},
             split="val" if subject >= num_subjects - num_held_out else "train",
         )
         for subject in range(num_subjects)
@@ -86,22 +87,23 @@ def _sample(
     window: int,
     corpus: str,
     kinds: Mapping[str, Sequence[str]],
-    length: int,
-    rate_hz: int,
+    seconds: int,
+    rates_hz: Mapping[str, int],
     split: str,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """JSON of one window and its array members."""
     subject_hash = hashlib.sha256(f"{corpus}/{subject}".encode()).hexdigest()[:12]
-    seconds = np.arange(length) / rate_hz
     latent_hz = rng.uniform(1.0, 6.0)
     phase = rng.uniform(0, 2 * np.pi)
     ucs: dict[str, list[dict[str, Any]]] = {}
     members: dict[str, bytes] = {}
+    rate_hz = next(iter(rates_hz.values()))
     for order, (kind, labels) in enumerate(kinds.items()):
-        wave = np.sin(2 * np.pi * latent_hz * seconds + phase + order)
+        length = seconds * rates_hz[kind]
+        wave = np.sin(2 * np.pi * latent_hz * np.arange(length) / rates_hz[kind] + phase + order)
         signal_CT = np.stack([wave + 0.3 * rng.standard_normal(length) for _ in labels])
         members[f"{kind}.npy"] = npy_bytes(np.round(signal_CT / SCALE).astype(np.int16))
-        ucs[kind] = [_tag(label, row, rate_hz=rate_hz) for row, label in enumerate(labels)]
+        ucs[kind] = [_tag(label, row, rate_hz=rates_hz[kind]) for row, label in enumerate(labels)]
     meta = {
         "key": f"{corpus}-{subject_hash}-{window:06d}",
         "corpus": corpus,
@@ -110,13 +112,13 @@ def _sample(
         "session": "",
         "split": split,
         "recipe": "tiny",
-        "start": window * length,
-        "length": length,
+        "start": window * rate_hz * seconds,
+        "length": rate_hz * seconds,
         "rate": [rate_hz, 1],
         "quality": 1.0,
         "ucs_version": UCS_VERSION,
-        "ucs": ucs,
         "labels": {"stage": [STAGES[window % len(STAGES)]], "classes": [], "events": []},
+        "ucs": ucs,  # last and without spaces, as the engine writes it
     }
     return meta, members
 
@@ -148,7 +150,7 @@ def _write_shard(
     content = bytearray()
     rows: list[dict[str, Any]] = []
     for ordinal, (meta, members) in enumerate(samples):
-        blob = tar_sample(meta["key"], {**members, "json": json.dumps(meta, sort_keys=True).encode()})
+        blob = tar_sample(meta["key"], {**members, "json": json.dumps(meta, separators=(",", ":")).encode()})
         tags = [tag for rows_of_kind in meta["ucs"].values() for tag in rows_of_kind]
         rows.append(
             {

@@ -25,6 +25,7 @@ ROBUST_LIMIT = 20.0
 CLAMP_LIMIT_UV = 50.0
 MAD_TO_SD = 1.4826  # of a normal distribution
 MICROVOLTS = {"uV": 1.0, "mV": 1e3, "V": 1e6}
+BLOCK_SAMPLES = 1 << 17
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -57,17 +58,39 @@ def scaling(view: View, tags: Sequence[Tag]) -> tuple[np.ndarray, np.ndarray]:
     return gain_C, shift_C
 
 
-def dequantise(stored_RT: torch.Tensor, gain_R: torch.Tensor, shift_R: torch.Tensor, *, view: View) -> torch.Tensor:
-    """float32 (R, T) of int16 rows, on their device."""
+def dequantise(
+    stored_RT: torch.Tensor,
+    gain_R: torch.Tensor,
+    shift_R: torch.Tensor,
+    *,
+    view: View,
+    out_RT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 (R, T) of int16 rows, on their device, in `out_RT` if given."""
+    if out_RT is None:
+        out_RT = torch.empty(stored_RT.shape, dtype=torch.float32, device=stored_RT.device)
+    num_rows, length = stored_RT.shape
+    # A CPU does all passes over a few rows while they are in its cache: twice as fast or better.
+    step = max(1, BLOCK_SAMPLES // max(1, length)) if stored_RT.device.type == "cpu" else max(1, num_rows)
+    for first in range(0, num_rows, step):
+        rows = slice(first, first + step)
+        _apply(stored_RT[rows], gain_R[rows, None], shift_R[rows, None], view, out_RT[rows])
+    return out_RT
+
+
+def _apply(
+    stored_RT: torch.Tensor, gain_R1: torch.Tensor, shift_R1: torch.Tensor, view: View, out_RT: torch.Tensor
+) -> None:
+    out_RT.copy_(stored_RT)
     if view.is_robust:
-        signal_RT = stored_RT - _median(stored_RT)[:, None]
-        spread_R = MAD_TO_SD * _median(signal_RT.abs())
-        spread_R = torch.where(spread_R > 0, spread_R, signal_RT.std(dim=1, correction=0))
-        signal_RT *= torch.where(spread_R > 0, 1 / spread_R, torch.zeros_like(spread_R))[:, None]
+        out_RT -= _median(stored_RT)[:, None]
+        spread_R = MAD_TO_SD * _median(out_RT.abs())
+        spread_R = torch.where(spread_R > 0, spread_R, out_RT.std(dim=1, correction=0))
+        out_RT *= torch.where(spread_R > 0, 1 / spread_R, torch.zeros_like(spread_R))[:, None]
     else:
-        signal_RT = stored_RT * gain_R[:, None]
-        signal_RT += shift_R[:, None]
-    return signal_RT.clamp_(-view.limit, view.limit)
+        out_RT *= gain_R1
+        out_RT += shift_R1
+    out_RT.clamp_(-view.limit, view.limit)
 
 
 def _median(values_RT: torch.Tensor) -> torch.Tensor:

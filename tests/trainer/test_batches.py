@@ -4,8 +4,9 @@ import torch
 
 from manifests.channels import KINDS, ChannelTag, resolve
 from manifests.errors import ConfigError, ContractError
-from trainer.batches import ChannelBatch, collate_channels, generator, stable_hash
-from trainer.read import Window
+from trainer.batches import ChannelBatch, Cut, StoredBatch, collate_channels, draw_cuts, generator, stable_hash
+from trainer.read import Tags, Window
+from trainer.views import VIEWS
 
 
 def make_tag(symbol, *, rate=64, role="signal"):
@@ -84,6 +85,75 @@ def test_to_moves_every_tensor():
     batch = collate_channels([make_window(["eeg:C3-M2"])], kinds=("eeg",), view="zscore").to("meta")
     assert isinstance(batch, ChannelBatch)
     assert batch.signal_BCT.device.type == batch.mask_BC.device.type == batch.kind_BC.device.type == "meta"
+
+
+@pytest.mark.parametrize("view", ["zscore", "robust", "labram"])
+def test_the_host_holds_int16_and_the_device_gets_each_window_in_its_view(view):
+    windows = [make_window(["eeg:C3-M2", "eeg:C4-M1"]), make_window(["eeg:C3-M2"], key="w1"), make_window([], key="w2")]
+    host = collate_channels(windows, kinds=("eeg",), view=view)
+    assert isinstance(host, StoredBatch)
+    assert host.stored_RT.dtype == torch.int16
+    assert host.stored_RT.shape == (3, 256)  # real channels only
+    assert host.num_samples == 256
+    batch = host.to("cpu")
+    for window, signal_CT, mask_C in zip(windows, batch.signal_BCT, batch.mask_BC, strict=True):
+        if "eeg" in window.arrays:
+            expected = VIEWS[view](window.arrays["eeg"], window.meta["ucs"]["eeg"])
+            np.testing.assert_array_equal(signal_CT[mask_C], expected)
+        assert not signal_CT[~mask_C].any()
+
+
+def test_padding_is_zero_also_in_memory_used_before():
+    for seconds in (5, 4):
+        windows = [make_window(["eeg:C3-M2", "eeg:C4-M1"], seconds=seconds), make_window([], key="w1")]
+        windows[1].meta["length"] = 64 * seconds
+        batch = collate_channels(windows, kinds=("eeg",), view="zscore").to("cpu")
+        assert batch.signal_BCT[0].any()
+        assert not batch.signal_BCT[1].any()
+        batch.signal_BCT[:] = 7.0  # what a later batch finds
+
+
+def test_windows_that_share_tags_are_told_apart_by_view_and_channels():
+    windows = [make_window(["eeg:C3-M2", "eeg:C4-M1"], key=f"w{n}") for n in range(2)]
+    shared = Tags(windows[0].meta["ucs"])
+    for window in windows:
+        window.meta["ucs"] = shared
+    for view in ("zscore", "labram", "zscore"):
+        for channels in (None, ["eeg:C4-M1"]):
+            batch = collate_channels(windows, kinds=("eeg",), view=view, channels=channels).to("cpu")
+            tags = shared["eeg"][0 if channels is None else 1 :]
+            for window, signal_CT in zip(windows, batch.signal_BCT, strict=True):
+                expected = VIEWS[view](window.arrays["eeg"][-len(tags) :], tags)
+                np.testing.assert_array_equal(signal_CT, expected)
+
+
+def test_a_cut_takes_the_same_stretch_of_every_rate():
+    window = make_window(["eeg:C3-M2"], seconds=300)
+    slow = make_window(["eeg:C3-M2"], seconds=300, rate=10)
+    cut = Cut(seconds=60.0, share=0.5)
+    batch = collate_channels([window], kinds=("eeg",), view="zscore", cuts=[cut]).to("cpu")
+    start = 120 * 64
+    np.testing.assert_allclose(batch.signal_BCT[0, 0], window.arrays["eeg"][0, start : start + 3840] * 0.01, atol=1e-6)
+    assert collate_channels([slow], kinds=("eeg",), view="zscore", cuts=[cut]).num_samples == 600
+    assert abs(cut.samples(3000, 10.0)[0] / 10 - cut.samples(300 * 64, 64.0)[0] / 64) <= 0.1
+    for share in (0.0, 0.999999):
+        first, width = Cut(seconds=60.0, share=share).samples(3000, 10.0)
+        assert (first, width) == (round(share * 2400), 600)
+    with pytest.raises(ConfigError, match=r"60 s, but w0 has 4 s; shorten it"):
+        collate_channels([make_window(["eeg:C3-M2"])], kinds=("eeg",), view="zscore", cuts=[cut])
+
+
+def test_cuts_depend_on_seed_epoch_and_key_alone():
+    windows = [make_window([], key=f"w{n}") for n in range(50)]
+    cuts = draw_cuts(windows, 60.0, seed=1)
+    assert draw_cuts(windows[::-1], 60.0, seed=1) == cuts[::-1]
+    assert not set(cuts) & set(draw_cuts(windows, 60.0, seed=2))
+    for window in windows:
+        window.epoch = 1
+    assert not set(cuts) & set(draw_cuts(windows, 60.0, seed=1))
+    shares = [cut.share for cut in cuts]
+    assert min(shares) < 0.1
+    assert 0.9 < max(shares) < 1
 
 
 def test_hashes_are_stable_and_tell_parts_apart():

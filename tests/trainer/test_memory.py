@@ -3,6 +3,8 @@ import torch
 
 from trainer.memory import Buffers, stored_rows
 
+LENGTH = 2_000_003  # longer than what other tests leave behind
+
 
 def address_of(memory: memoryview) -> int:
     return np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]
@@ -28,13 +30,13 @@ def test_the_smallest_buffer_that_is_large_enough_is_lent() -> None:
 
 
 def test_rows_of_a_batch_keep_their_memory_and_give_it_back() -> None:
-    rows = stored_rows(3, 1000)
+    rows = stored_rows(3, LENGTH)
     assert rows.dtype == torch.int16
-    assert rows.shape == (3, 1000)
+    assert rows.shape == (3, LENGTH)
     address = rows.data_ptr()
     part = rows[1:]
     del rows
-    assert stored_rows(3, 1000).data_ptr() != address  # `part` refers to it
+    assert stored_rows(3, LENGTH).data_ptr() != address  # `part` refers to it
     del part
-    assert stored_rows(3, 1000).data_ptr() == address
-    assert stored_rows(0, 1000).shape == (0, 1000)
+    assert stored_rows(3, LENGTH).data_ptr() == address
+    assert stored_rows(0, LENGTH).shape == (0, LENGTH)

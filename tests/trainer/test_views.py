@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import ConfigError
-from trainer.views import VIEWS, find_view
+from trainer.views import BLOCK_SAMPLES, VIEWS, dequantise, find_view, scaling
 
 TAG = {"symbol": "eeg:C3-M2", "unit": "uV", "scale": 0.5, "mean": 10.0, "sd": 20.0, "median": 9.0, "mad": 13.0}
 
@@ -84,3 +85,34 @@ def test_views_leave_the_stored_window_alone(name):
     stored.flags.writeable = False
     VIEWS[name](stored, [TAG])
     np.testing.assert_array_equal(stored[0], np.arange(16))
+
+
+def reference(name, stored, tags):
+    """The views in numpy and double precision."""
+    scale, mean, sd = (np.array([[tag[key]] for tag in tags]) for key in ("scale", "mean", "sd"))
+    physical = stored * scale
+    if name == "zscore":
+        return np.clip((physical - mean) / sd, -8, 8)
+    if name == "robust":
+        centred = physical - np.median(physical, axis=1, keepdims=True)
+        return np.clip(centred / (1.4826 * np.median(np.abs(centred), axis=1, keepdims=True)), -20, 20)
+    return physical / 100 if name == "labram" else np.clip(physical, -50, 50) / 10
+
+
+@pytest.mark.parametrize("length", [4000, 4001, BLOCK_SAMPLES // 2 + 1])
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_a_view_is_that_of_double_precision(name, length):
+    rng = np.random.default_rng(1)
+    stored = np.clip(rng.standard_t(2, (3, length)) * 900 + [[100], [-3000], [0]], -32768, 32767).astype(np.int16)
+    tags = [TAG, TAG | {"scale": 0.03, "mean": -90.0, "sd": 31.0}, TAG | {"scale": 0.001, "mean": 0.2, "sd": 3.0}]
+    got = VIEWS[name](stored, tags)
+    np.testing.assert_allclose(got, reference(name, stored, tags), rtol=3e-7, atol=3e-7 * np.abs(got).max())
+
+
+def test_rows_are_written_where_asked():
+    gain, shift = map(torch.from_numpy, scaling(VIEWS["zscore"], [TAG, TAG]))
+    stored = torch.arange(20, dtype=torch.int16).reshape(2, 10)
+    out = torch.empty(2, 10)
+    assert dequantise(stored, gain, shift, view=VIEWS["zscore"], out_RT=out) is out
+    assert torch.equal(out, dequantise(stored, gain, shift, view=VIEWS["zscore"]))
+    assert float(out[1, 9]) == pytest.approx((19 * 0.5 - 10) / 20)
