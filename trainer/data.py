@@ -120,7 +120,12 @@ class Order:
 
     def _segment(self, weights: Sequence[float], *, from_batch: int, earlier: Sequence[Segment] = ()) -> Segment:
         return new_segment(
-            weights, bucket=self._bucket, global_batch=self.global_batch, earlier=earlier, from_batch=from_batch
+            weights,
+            bucket=self._bucket,
+            global_batch=self.global_batch,
+            earlier=earlier,
+            from_batch=from_batch,
+            names=[f"{stream.corpus} {stream.bucket}".rstrip() for stream in self.streams],
         )
 
     def with_weights(self, weights: Sequence[float], *, from_batch: int) -> "Order":

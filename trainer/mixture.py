@@ -64,7 +64,13 @@ class Segment:
 
 
 def new_segment(
-    weights: Sequence[float], *, bucket: Sequence[int], global_batch: int, earlier: Sequence[Segment], from_batch: int
+    weights: Sequence[float],
+    *,
+    bucket: Sequence[int],
+    global_batch: int,
+    earlier: Sequence[Segment],
+    from_batch: int,
+    names: Sequence[str] = (),
 ) -> Segment:
     """Segment that goes on from `from_batch` where the earlier ones stand.
 
@@ -74,12 +80,17 @@ def new_segment(
         global_batch: Samples of a batch.
         earlier: Segments before it, none at batch 0.
         from_batch: First batch.
+        names: Of the streams, for messages.
+
+    Raises:
+        ConfigError: A weight is too small for its stream, or for its bucket, ever to be drawn.
     """
     bucket_weights = np.bincount(np.asarray(bucket), weights=np.asarray(weights, dtype=np.float64))
     totals = np.zeros(len(bucket), dtype=np.int64)
     for k in np.flatnonzero(bucket_weights).tolist():
         streams = np.flatnonzero((np.asarray(bucket) == k) & (np.asarray(weights) != 0))
-        totals[streams] = cycle_totals([weights[s] for s in streams.tolist()], global_batch=global_batch)
+        own = [names[s] for s in streams.tolist()] if names else []
+        totals[streams] = cycle_totals([weights[s] for s in streams.tolist()], global_batch=global_batch, names=own)
     return Segment(
         from_batch=from_batch,
         bucket=tuple(bucket),
@@ -98,7 +109,7 @@ def _bucket_batches(weights: np.ndarray) -> tuple[int, ...]:
     while cycle < MAX_BUCKET_CYCLE and weights[active].min() * cycle < weights.sum():
         cycle *= 2
     batches = np.zeros(len(weights), dtype=np.int64)
-    batches[active] = _shares(weights[active].tolist(), cycle)
+    batches[active] = _shares(weights[active].tolist(), cycle, [f"bucket {k}" for k in active])
     return tuple(batches.tolist())
 
 
@@ -126,16 +137,16 @@ def corpus_weights(
     return [weights[name] * size / total[name] for name, size in zip(corpora, sizes, strict=True)]
 
 
-def cycle_totals(weights: Sequence[float], *, global_batch: int) -> tuple[int, ...]:
+def cycle_totals(weights: Sequence[float], *, global_batch: int, names: Sequence[str] = ()) -> tuple[int, ...]:
     """Samples of each stream in a cycle, by largest remainder; they add up to `CYCLE * global_batch`.
 
     Raises:
         ConfigError: A weight that is not positive, or so small that its stream would never be drawn.
     """
-    return _shares(weights, CYCLE * global_batch)
+    return _shares(weights, CYCLE * global_batch, names)
 
 
-def _shares(weights: Sequence[float], slots: int) -> tuple[int, ...]:
+def _shares(weights: Sequence[float], slots: int, names: Sequence[str]) -> tuple[int, ...]:
     if not weights or any(not weight > 0 or not np.isfinite(weight) for weight in weights):
         raise ConfigError(f"mixture weights {list(weights)}: every weight must be a positive number")
     scale = slots / sum(weights)
@@ -147,7 +158,8 @@ def _shares(weights: Sequence[float], slots: int) -> tuple[int, ...]:
     if 0 in totals:
         k = totals.index(0)
         raise ConfigError(
-            f"mixture weight {weights[k]} of stream {k}: under one sample in {slots}; raise it or drop the stream"
+            f"mixture weight {weights[k]:g} of {names[k] if names else f'stream {k}'} ({sum(weights):g} in all): never "
+            f"drawn among {slots:,}; raise it or drop the stream (filter.corpora, filter.min_channels, …)"
         )
     return tuple(totals)
 

@@ -33,6 +33,8 @@ def test_mixtures_are_never_negative_and_keep_their_weights() -> None:
 def test_a_weight_too_small_for_one_sample_a_cycle_is_refused() -> None:
     with pytest.raises(ConfigError, match="raise it or drop"):
         cycle_totals([1.0, 1e-9], global_batch=8)
+    with pytest.raises(ConfigError, match="of shhs"):
+        cycle_totals([1.0, 1e-9], global_batch=8, names=["sleep_edf", "shhs"])
     with pytest.raises(ConfigError, match="positive"):
         cycle_totals([1.0, 0.0], global_batch=8)
 
