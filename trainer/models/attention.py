@@ -108,14 +108,16 @@ class AttentionPool(nn.Module):
     def forward(self, tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Pooled vectors (B, D) of tokens (B, L, D); only tokens where the mask is True enter."""
         normed = self.norm(tokens_BLD)
-        query_BHLE = split_heads(self.query.expand(len(tokens_BLD), 1, -1), self.num_heads)
-        attended = scaled_dot_product_attention(
-            query_BHLE,
-            split_heads(self.k(normed), self.num_heads),
-            split_heads(self.v(normed), self.num_heads),
-            attn_mask=None if mask_BL is None else answerable(mask_BL)[:, None, None, :],
+        key_BLHE, value_BLHE, query_1HE = (
+            x.unflatten(-1, (self.num_heads, -1)) for x in (self.k(normed), self.v(normed), self.query)
         )
-        pooled = self.o(attended.transpose(1, 2).flatten(1)) + masked_mean(tokens_BLD, mask_BL)
+        # By hand: for one query a quarter faster than scaled_dot_product_attention, whose CUDA kernels also take 65,535
+        # sets at most, and 128 windows of 4 modalities and 60 patches are half as many.
+        score_BLH = (key_BLHE * query_1HE).sum(dim=-1) * key_BLHE.shape[-1] ** -0.5
+        if mask_BL is not None:
+            score_BLH = score_BLH.masked_fill(~answerable(mask_BL)[..., None], -torch.inf)
+        attended_BHE = (score_BLH.softmax(dim=1)[..., None] * value_BLHE).sum(dim=1)
+        pooled = self.o(attended_BHE.flatten(1)) + masked_mean(tokens_BLD, mask_BL)
         return pooled if mask_BL is None else pooled * mask_BL.any(dim=1, keepdim=True)
 
 

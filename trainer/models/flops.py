@@ -90,4 +90,4 @@ def _pool_flops(config: SleepEncoderConfig, set_sizes: Sequence[int]) -> float:
     width = config.width
     if config.pool == "layer":
         return _block_flops(width, config.hidden_ratio * width, set_sizes)
-    return sum(set_sizes) * (4 * width**2 + 4 * width) + 2 * len(set_sizes) * width**2
+    return 4 * sum(set_sizes) * width**2 + 2 * len(set_sizes) * width**2
