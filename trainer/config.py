@@ -133,7 +133,7 @@ class PretrainConfig(_Section):
     save_every: Annotated[int, Field(ge=1)] = 100
     eval_every: Annotated[int, Field(ge=1)] | None = None  # None: at the last step only
     # sync: training waits until a checkpoint is committed; async: only until its copy lies in the host's memory
-    save: Literal["sync", "async"] = "sync"
+    save: Literal["sync", "async"] = "async"
     storage: str | None = None  # of the checkpoints: s3://bucket/folder, any fsspec URL, or a path; null: run_dir
     keep: Annotated[int, Field(ge=1)] = 3  # newest checkpoints
     keep_every: Annotated[int, Field(ge=1)] | None = None  # save every so many steps as well, and keep those for good

@@ -136,7 +136,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_too_and_its_samples_are_wr
 def test_beyond_the_budget_the_run_stops_with_the_name_of_the_file_and_goes_on_with_a_larger_one(
     tiny_config: MakeConfig, nan_at: Callable[..., None]
 ) -> None:
-    small = tiny_config(steps=6, evaluation=None, save_every=2, faults={"max_skipped": 1})
+    # sync: the message names the newest checkpoint that is committed.
+    small = tiny_config(steps=6, evaluation=None, save_every=2, save="sync", faults={"max_skipped": 1})
     nan_at(3, 4)
     with pytest.raises(ConfigError, match=r"step 4: the loss is nan.*max_skipped allows 1 .*skipped\.jsonl.*a1"):
         pretrain(small)
