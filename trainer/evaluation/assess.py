@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from manifests.config import code_version, digest, shipped_names, write_atomically
+from manifests.config import code_version, digest, shipped_names, validate, write_atomically
 from manifests.errors import ConfigError
 from manifests.shards import load_snapshot
 from manifests.tasks import TASKS_DIR, Task, load_task
@@ -121,14 +121,14 @@ def plan_tasks(
         planned = [task for task in config.tasks if not names or task.task in names]
         if not planned:
             raise ConfigError(f"--tasks {','.join(names)}: the YAML has {', '.join(t.task for t in config.tasks)}")
-        return [TaskEvaluation.model_validate(task.model_dump() | change) for task in planned]
+        return [validate(TaskEvaluation, task.model_dump() | change, where="kymo evaluate") for task in planned]
     paths = [*snapshots]
     if not paths and (origin := find_subject(config.run).config) is not None:
         paths = [source.path for source in origin.snapshots]
     planned, why_not = [], []
     for name in names or shipped_names(TASKS_DIR):
         for path in paths:
-            settings = TaskEvaluation.model_validate({"task": name, "snapshots": [path], **change})
+            settings = validate(TaskEvaluation, {"task": name, "snapshots": [path], **change}, where="kymo evaluate")
             try:
                 load_labelled(load_task(name), settings)
             except ConfigError as error:
