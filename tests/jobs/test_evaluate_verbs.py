@@ -1,0 +1,79 @@
+"""`kymo evaluate` on the command line: a run, or the YAML of an evaluation."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.evaluate_verbs import show_evaluation
+from manifests.config import load_config
+from manifests.tasks import load_task
+from trainer.evaluation.config import EvaluateConfig
+from trainer.evaluation.features import random_encoder
+from trainer.export import save_encoder
+from trainer.models.sleep import SleepEncoderConfig
+from trainer.tiny import write_tiny_snapshot
+
+CONFIGS = Path(cli.__file__).parent / "configs"
+
+
+def kymo(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kymo", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder of an encoder, and a snapshot."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_tiny_snapshot(root / "shards", num_subjects=4, windows_per_subject=10)
+    save_encoder(root / "given", random_encoder(SleepEncoderConfig(width=16, depth=1), seed=1), recipes={}, step=1)
+    return root / "given", root / "shards"
+
+
+def test_an_encoder_is_evaluated_on_the_data_that_are_named(capsys, places, tmp_path) -> None:
+    encoder, shards = places
+    code, text = kymo(
+        capsys,
+        *("evaluate", encoder, "ablation=null", "scratch_seeds=[0]", "--tasks", "wake_deep", "--data", shards),
+        *("--folds", "subjects", "--out", tmp_path / "out"),
+    )
+    assert code == 0, text
+    assert "Better than random weights: not decided" in text
+    assert "Not known: the encoder came without the configuration of its run." in text
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in text
+    assert (tmp_path / "out" / "report.html").is_file()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["tasks"][0]["folds"] == "subjects"
+    show_evaluation(scores)
+    assert "Wake against deep sleep (N3)" in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_message(capsys, places, tmp_path) -> None:
+    encoder, shards = places
+    for arguments, expected in (
+        ((tmp_path,), "no exported encoder"),
+        ((encoder,), "name snapshots with --data"),
+        ((encoder, "--data", shards, "--tasks", "nothing"), "nothing"),
+        ((encoder, "--data", shards, "--tasks", "wake_deep", "--folds", "some"), "folds"),
+        ((encoder, "scratch_seeds=[]"), "scratch_seeds"),
+    ):
+        code, text = kymo(capsys, "evaluate", *arguments)
+        assert code == 2, text
+        assert expected in text
+
+
+@pytest.mark.parametrize("name", ["evaluate_demo", "evaluate_real"])
+def test_the_shipped_configurations_are_valid(name: str) -> None:
+    config = load_config(EvaluateConfig, CONFIGS / f"{name}.yaml")
+    for task in config.tasks:
+        assert load_task(task.task).loss == "cross_entropy"
+        assert task.folds != "split"
