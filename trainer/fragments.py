@@ -4,6 +4,10 @@ A fragment is a contiguous range of one flattened parameter. Saving writes the r
 fills the ranges that it holds from whatever files cover them, so a checkpoint is free of the world size. This
 module alone touches private attributes of DeepSpeed (0.19.8, without offload or tensor parallelism); the round
 trip in tests/trainer/test_checkpoint.py is the alarm for upgrades.
+
+DeepSpeed's public `safe_get/set_*` do not suffice: the local ones exist for ZeRO-3 only and give padding too; the full
+ones (ZeRO-1 and 2) all-reduce every whole parameter three times, and none reads or writes Adam's step or works before
+the first one.
 """
 
 from collections.abc import Iterator
