@@ -8,14 +8,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from adapters.config import Card
 from adapters.layout import TaskRecord
 from manifests.recipes import NATIVE, KindRule
+from trainer.evaluation.scores import METRICS
 
 FEW_SUBJECTS = 10
-METRICS = {
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "kappa": "Cohen's kappa",
-    "auroc": "AUROC",
-}
 
 
 def card_text(card: Card, records: Mapping[str, TaskRecord], *, encoder: str) -> str:
