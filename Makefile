@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 
 # Two at a time, a file of tests never parted.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes many minutes: a hundred kills at random moments of conversions.
 soak: $(VENV)/.ready

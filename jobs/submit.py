@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from manifests.errors import ConfigError
 
 # Never shipped: results, environments, version history, real recordings.
 EXCLUDES = [".git/", ".venv/", "demo/", "runs/", "shared/", "*.tar", "*.edf"]
+AGENT_PATIENCE_S = 60.0
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -52,17 +54,22 @@ def submit(
         name: Submission id. The same name twice is refused by Ray, so it is safe to repeat a command.
         python: Interpreter on the cluster; a path when `python` there is not the one with kymo's dependencies.
     """
-    try:
-        return client.submit_job(
-            entrypoint=f"{shlex.quote(python)} -m jobs.cli {shlex.join(arguments)}",
-            submission_id=name,
-            runtime_env={"working_dir": str(Path(__file__).resolve().parent.parent), "excludes": EXCLUDES},
-            metadata={"kymo": " ".join(arguments)[:200]},
-        )
-    except RuntimeError as error:
-        if name and "already exists" in str(error):
-            raise ConfigError(f"--name {name}: a job of this name was submitted before; choose another") from None
-        raise
+    deadline = time.monotonic() + AGENT_PATIENCE_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=f"{shlex.quote(python)} -m jobs.cli {shlex.join(arguments)}",
+                submission_id=name,
+                runtime_env={"working_dir": str(Path(__file__).resolve().parent.parent), "excludes": EXCLUDES},
+                metadata={"kymo": " ".join(arguments)[:200]},
+            )
+        except RuntimeError as error:
+            if name and "already exists" in str(error):
+                raise ConfigError(f"--name {name}: a job of this name was submitted before; choose another") from None
+            # A cluster that has just come up takes jobs some seconds after its dashboard answers.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 async def follow(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:

@@ -17,7 +17,20 @@ from manifests.config import dump_yaml
 VERBS = [
     *("corpora", "fetch", "scan", "plan", "convert", "status", "verify", "report", "preview"),
     *("diff", "repack", "quarantine"),
-    *("mix", "simulate", "pretrain", "evaluate", "adapt", "finetune", "predict", "publish", "submit", "doctor", "demo"),
+    *(
+        "mix",
+        "simulate",
+        "pretrain",
+        "evaluate",
+        "export",
+        "adapt",
+        "finetune",
+        "predict",
+        "publish",
+        "submit",
+        "doctor",
+        "demo",
+    ),
 ]
 
 

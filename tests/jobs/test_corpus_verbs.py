@@ -96,7 +96,7 @@ def test_fetch_then_the_commands_that_it_prints(
     assert "ecg:MLII" in shown
     code, shown = run(capsys, "plan", *convert[1:])
     assert (convert[0], code) == ("convert", 0)
-    assert "1 units, 0.50 h" in shown
+    assert "1 unit, 0.50 h" in shown
 
 
 def test_files_that_fail_are_told_and_the_next_run_goes_on(
