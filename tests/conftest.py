@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from moto.server import ThreadedMotoServer
+from upath import UPath
 
 # The same examples on every machine: what fails once fails again. tests/engine/fuzz_edf_header.py seeks new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -45,3 +47,20 @@ def serve_files() -> Iterator[Callable[[dict[str, bytes]], Any]]:
             return server
 
         yield serve
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    """An S3 server on this machine; its address and keys stand in the environment. Its buckets outlive it."""
+    with pytest.MonkeyPatch.context() as patch:
+        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto.start()
+        host, port = moto.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield
+        moto.stop()
+        UPath("s3://").fs.clear_instance_cache()

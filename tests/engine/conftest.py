@@ -1,12 +1,9 @@
 """A tiny synthetic corpus as real files, made once for all tests of the engine."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
-from upath import UPath
 
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
@@ -53,20 +50,3 @@ def converted(_converted: ConvertConfig, tmp_path: Path) -> ConvertConfig:
     config = _converted.model_copy(update={"output": tmp_path / "converted"})
     shutil.copytree(_converted.output, config.output)
     return config
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """An S3 server on this machine; its address and keys stand in the environment. Its buckets outlive it."""
-    with pytest.MonkeyPatch.context() as patch:
-        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        moto.start()
-        host, port = moto.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield
-        moto.stop()
-        UPath("s3://").fs.clear_instance_cache()

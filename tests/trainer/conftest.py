@@ -2,15 +2,13 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 from torch.multiprocessing import start_processes
-from upath import UPath
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -58,23 +56,6 @@ def run_ranks() -> Callable[..., None]:
         start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
 
     return run
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """An S3 server on this machine; its address and keys stand in the environment. Its buckets outlive it."""
-    with pytest.MonkeyPatch.context() as patch:
-        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        moto.start()
-        host, port = moto.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield
-        moto.stop()
-        UPath("s3://").fs.clear_instance_cache()
 
 
 @pytest.fixture
