@@ -200,9 +200,8 @@ def test_two_downloads_into_one_folder_are_refused(server: Any, tmp_path: Path) 
     server.hold = threading.Event()
     first = threading.Thread(target=fetch, args=(CORPUS, tmp_path), kwargs={"base_url": server.url})
     first.start()
-    while not (tmp_path / STAGING / "lock").exists():
+    while server.held not in {name for name, _ in server.log}:  # whoever downloads holds the lock
         time.sleep(0.01)
-    time.sleep(0.1)
     try:
         with pytest.raises(ConfigError, match="another kymo fetch"):
             fetch(CORPUS, tmp_path, base_url=server.url)

@@ -11,6 +11,9 @@ import pytest
 from manifests.config import read_yaml
 from trainer.score import score_run
 
+# Twice what it takes beside other tests on two cores.
+pytestmark = pytest.mark.timeout(1200)
+
 MIN_RETRIEVAL = 5.0  # times chance, on held-out subjects
 MIN_STAGING_MARGIN = 0.3  # balanced accuracy above chance, on held-out subjects
 
@@ -21,7 +24,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "out"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.cli", "demo", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=580)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1100)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
