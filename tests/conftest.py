@@ -1,7 +1,6 @@
 """Fixtures that every package's tests share."""
 
 import importlib.util
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +12,6 @@ import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from upath import UPath
-
-# Before anything multiplies: see trainer/models/tokenizers.py, which a test may import too late.
-os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # The same examples on every machine: what fails once fails again. tests/engine/fuzz_edf_header.py seeks new ones.
 settings.register_profile("repeatable", derandomize=True)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from trainer.config import PretrainConfig
 from trainer.export import load_encoder
@@ -19,7 +19,7 @@ MakeConfig = Callable[..., PretrainConfig]
 def test_a_compiled_run_has_the_losses_and_names_of_an_eager_one(
     stage: int, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")  # inductor takes minutes on a CPU
+    counted = CompileCounterWithBackend("aot_eager")  # inductor takes minutes on a CPU
     compile_part = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda part, **options: compile_part(part, backend=counted, **options))
     encoder = {"kind": "sleep", "width": 8, "depth": 2, "num_heads": 1, "conv_channels": [4, 4]}

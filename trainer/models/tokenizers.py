@@ -14,9 +14,6 @@ from torch.nn.functional import adaptive_avg_pool1d, conv1d, gelu
 # differs from batch to batch: 60 steps of adapting to 12 leads took 2.4 GiB, with 16 of them 0.9. It reads this at
 # the first convolution.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-# MKL promises equal bits from run to run only in this mode; without it a process that had done other work first
-# computed another last bit. It costs up to 4 % of a matrix product. Read at MKL's first call.
-os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 class PatchTokenizer(nn.Module):
