@@ -48,6 +48,11 @@ class ChannelBatch:
     kind_BC: torch.Tensor
     rate_hz: float
 
+    @property
+    def num_samples(self) -> int:
+        """T."""
+        return self.signal_BCT.shape[2]
+
     def to(self, device: torch.device | str) -> ChannelBatch:
         """The same batch on `device`."""
         return move(self, device)

@@ -351,10 +351,7 @@ def _bare(evaluation: Mapping[str, float]) -> dict[str, float]:
 
 def _window_s(batch: Any) -> float:
     """Recorded time of a window of an objective's host batch, s: that of its longest group."""
-    return max(
-        (group.num_samples if hasattr(group, "num_samples") else group.signal_BCT.shape[-1]) / group.rate_hz
-        for group in batch.groups
-    )
+    return max(group.num_samples / group.rate_hz for group in batch.groups)
 
 
 def _exported_step(folder: Path) -> int | None:

@@ -25,7 +25,7 @@ def training_flops(encoder: Encoder, batch: Any) -> float:
 def encoder_flops(encoder: Encoder, batch: Any) -> float:
     """Forward pass over a ChannelBatch, better still as it is on the host: it asks for the number of real channels."""
     channels_B = [int(count) for count in batch.mask_BC.sum(dim=1).tolist()]
-    num_samples = batch.num_samples if hasattr(batch, "num_samples") else batch.signal_BCT.shape[-1]
+    num_samples = batch.num_samples
     if isinstance(encoder, SleepEncoder):
         num_patches = count_patches(num_samples, rate_hz=batch.rate_hz, patch_s=encoder.config.patch_s)
         return sleep_flops(encoder.config, channels_B, num_samples=num_samples, num_patches=num_patches)
