@@ -1,8 +1,10 @@
 """The floors: who may import whom, no cycles, Ray and torch only where allowed, no foreign owner of our names."""
 
 import ast
+import gc
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -33,9 +35,19 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def parse_all(paths: Iterable[Path]) -> dict[Path, ast.Module]:
+    """The tree of every file. The collector waits: in Python 3.11 a finaliser that formats a traceback parses too,
+    and the outer parse then dies of `SystemError: AST constructor recursion depth mismatch`."""
+    gc.disable()
+    try:
+        return {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    finally:
+        gc.enable()
+
+
 def imports(path: Path, *, nested: bool) -> set[str]:
     """Absolute names of the modules that a file imports; `nested` takes those inside functions too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = TREES[path]
     nodes = ast.walk(tree) if nested else iter(tree.body)
     names: set[str] = set()
     for node in nodes:
@@ -48,6 +60,7 @@ def imports(path: Path, *, nested: bool) -> set[str]:
 
 
 MODULES = modules()
+TREES = parse_all(MODULES.values())
 TOP_LEVEL = {name: {full.partition(".")[0] for full in imports(path, nested=True)} for name, path in MODULES.items()}
 
 
@@ -118,7 +131,7 @@ def test_own_packages_are_never_imported_inside_a_function() -> None:
 def test_init_files_hold_a_docstring_and_nothing_else() -> None:
     for name, path in MODULES.items():
         if path.name == "__init__.py":
-            body = ast.parse(path.read_text(encoding="utf-8")).body
+            body = TREES[path].body
             assert len(body) == 1, name
             assert isinstance(body[0], ast.Expr), name
 
@@ -131,7 +144,7 @@ def test_modules_and_job_functions_keep_their_size() -> None:
     long_functions = [
         f"{name}.{node.name}"
         for name, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(TREES[path])
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_JOB_FUNCTION_LINES + 20
     ]
     assert not long_functions
