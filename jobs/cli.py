@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from jobs import (
     adapter_verbs,
+    bundle_verbs,
     corpus_verbs,
     data_verbs,
     evaluate_verbs,
@@ -63,8 +64,8 @@ for panel, verb in (
     (TRAINING, export_verbs.export),
     (ADAPTERS, adapter_verbs.adapt),
     (ADAPTERS, adapter_verbs.finetune),
-    (ADAPTERS, adapter_verbs.predict),
-    (ADAPTERS, adapter_verbs.publish),
+    (ADAPTERS, bundle_verbs.predict),
+    (ADAPTERS, bundle_verbs.publish),
     (MACHINE, machine_verbs.demo),
     (MACHINE, machine_verbs.doctor),
     (MACHINE, machine_verbs.submit),
