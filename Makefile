@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?= demo
 
-.PHONY: demo test soak check bench format clean
+.PHONY: demo test slow soak check bench format clean
 demo: $(VENV)/.ready
 	$(BIN)/kymo demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 # Two at a time, a file of tests never parted.
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes more than a minute each: the demo, and a training worker that is killed.
+slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
 
 # What takes many minutes: a hundred kills at random moments of conversions.
 soak: $(VENV)/.ready

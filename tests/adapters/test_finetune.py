@@ -194,7 +194,6 @@ def ten_trials(shared_data: Path, tmp_path: Path) -> Callable[[FinetuneConfig], 
     return cut
 
 
-@pytest.mark.slow
 def test_ten_trials_of_a_real_subject_are_learned_by_heart(ten_trials, univariate_dir, tmp_path):
     config = FinetuneConfig.model_validate(
         {

@@ -71,7 +71,6 @@ def full_disk(config: ConvertConfig, tmp_path: Path, max_bytes: int) -> "subproc
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_bytes", [500, 100_000, 700_000])
 def test_a_disk_that_takes_no_more_stops_the_run_and_a_rerun_completes_it(
     converted: ConvertConfig, tmp_path: Path, max_bytes: int
@@ -121,7 +120,7 @@ def test_an_output_that_became_read_only_is_named(converted: ConvertConfig, smal
 
 @pytest.mark.parametrize(
     "folder",
-    ["shards", pytest.param(COMMITS_DIR, marks=pytest.mark.slow), pytest.param(PROGRESS_DIR, marks=pytest.mark.slow)],
+    ["shards", COMMITS_DIR, PROGRESS_DIR],
 )
 def test_lost_rights_to_the_output_are_named(
     converted: ConvertConfig, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
@@ -182,9 +181,7 @@ def test_rights_that_a_recording_loses_after_the_scan_cost_that_recording_only(
     assert is_complete(config, converted)
 
 
-@pytest.mark.parametrize(
-    "change", ["edited", pytest.param("longer", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("change", ["edited", "longer", "gone"])
 def test_a_recording_that_changes_after_the_scan_is_never_committed_as_the_one_that_was_scanned(
     own_root: tuple[Path, ConvertConfig], converted: ConvertConfig, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:

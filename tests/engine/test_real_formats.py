@@ -4,8 +4,6 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
-
 from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
 from engine.read import sniff
@@ -62,7 +60,6 @@ def _sources(root: Path, folder: Path) -> list[Source]:
     return sources
 
 
-@pytest.mark.slow
 def test_every_real_file_ends_as_told(shared_data: Path, tmp_path: Path) -> None:
     config = ConvertConfig(
         output=tmp_path / "shards", recipe="native", sources=_sources(shared_data, tmp_path), quarantine_budget=1.0

@@ -300,7 +300,6 @@ def test_a_wrong_bucket_missing_credentials_and_a_dead_server_say_what_to_do(
         convert_all(on_store(tiny_config, dead))
 
 
-@pytest.mark.slow
 def test_a_kill_in_the_middle_and_a_rerun_give_the_same_digest(
     converted: ConvertConfig, folder: Path, raw: Path, tmp_path: Path
 ) -> None:
@@ -325,7 +324,6 @@ def test_a_kill_in_the_middle_and_a_rerun_give_the_same_digest(
     assert not list((tmp_path / "scratch").glob("*/*"))
 
 
-@pytest.mark.slow
 def test_ray_workers_convert_from_store_to_store(
     converted: ConvertConfig, folder: Path, raw: Path, tmp_path: Path
 ) -> None:

@@ -11,8 +11,8 @@ import pytest
 from manifests.config import read_yaml
 from trainer.score import score_run
 
-# Twice what it takes beside other tests on two cores.
-pytestmark = pytest.mark.timeout(1200)
+# Twice what it takes beside other work on two cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MIN_RETRIEVAL = 5.0  # times chance, on held-out subjects
 MIN_STAGING_MARGIN = 0.3  # balanced accuracy above chance, on held-out subjects
@@ -29,20 +29,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stdout
 
 
-@pytest.mark.slow
 def test_pretraining_learns_on_held_out_subjects(demo: tuple[Path, str]) -> None:
     scores = score_run(demo[0] / "runs" / "sleep", split="test", num_windows=256)
     assert scores["top1"] >= MIN_RETRIEVAL * scores["chance"]
 
 
-@pytest.mark.slow
 def test_staging_is_better_than_chance_by_the_stated_margin(demo: tuple[Path, str]) -> None:
     scores = json.loads((demo[0] / "runs" / "adapt" / "result.json").read_text())["scores"]
     staging = scores["sleep_staging"]["test"]["metrics"]["balanced_accuracy"]
     assert staging["value"] >= staging["chance"] + MIN_STAGING_MARGIN
 
 
-@pytest.mark.slow
 def test_the_killed_worker_lost_no_step_and_doubled_none(demo: tuple[Path, str]) -> None:
     out, text = demo
     assert "was killed (-9)" in text
@@ -53,7 +50,6 @@ def test_the_killed_worker_lost_no_step_and_doubled_none(demo: tuple[Path, str])
     assert len(list((out / "runs" / "sleep" / "checkpoints").glob("step-*-a2"))) > 0
 
 
-@pytest.mark.slow
 def test_everything_that_the_table_names_is_there(demo: tuple[Path, str]) -> None:
     out, text = demo
     assert (out / "report.html").stat().st_size > 100_000

@@ -39,7 +39,6 @@ def torchrun(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-@pytest.mark.slow
 def test_under_torchrun_two_ranks_give_the_losses_of_one_process(tiny_config: MakeConfig, tmp_path: Path) -> None:
     # Without dropout, whose draws differ between one rank and two.
     settings = {"encoder": {"kind": "sleep", "width": 16, "depth": 1}, "zero_stage": 2, "steps": 4}

@@ -180,7 +180,6 @@ def train_at_two_rates(*, steps, num=32, mix_rates=True, seed=0, **options):
     return encoder
 
 
-@pytest.mark.slow
 def test_one_signal_at_128_and_200_hz_gives_one_embedding_after_training():
     same, other, centred = rate_agreement(train_at_two_rates(steps=80, kernel_rate_hz=128), 128, 200)
     assert same > 0.95
