@@ -10,6 +10,7 @@ What stands here against stock PEFT habits, each seen to go wrong in silence (pe
 
 import hashlib
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,6 +21,7 @@ from torch import nn
 from adapters.config import LoraSpec
 from manifests.errors import ConfigError, ContractError
 from trainer.batches import ChannelBatch
+from trainer.models.build import Encoder
 
 SHARED = "temporal_encoder"
 LAYERS_PER_BLOCK = 6  # q, k, v, o, fc1, fc2
@@ -46,7 +48,8 @@ class MultiTaskModel(TaskModel):
     """Logits of any of its tasks. The encoder that is given becomes part of it, its layers wrapped in place.
 
     Args:
-        encoder: Has `blocks`, `temporal_encoder` and `width`; called with a ChannelBatch it returns `pooled_BD`.
+        encoder: Has `blocks`, `temporal_encoder` and `width`; called with a ChannelBatch and, if they are known, its
+            `tokens_NPD`, it returns `pooled_BD`.
         outputs: Task id to its number of logits.
         lora: Of every task, or one per task id.
         seed: Of the initial adapters and heads.
@@ -85,10 +88,14 @@ class MultiTaskModel(TaskModel):
         """The temporal encoder that all tasks train together."""
         return self.encoder.get_submodule(SHARED)
 
-    def forward(self, task: str, batch: ChannelBatch) -> torch.Tensor:
-        """Logits (B, K) of a task."""
+    def forward(self, task: str, batch: ChannelBatch, tokens_NPD: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, K) of a task; `tokens_NPD` is what `temporal_tokens` gave for the batch, None computes it."""
         self.activate(task)
-        return self.heads[task](self.peft(batch).pooled_BD)
+        return self.heads[task](self.peft(batch, tokens_NPD=tokens_NPD).pooled_BD)
+
+    def temporal_tokens(self, batch: ChannelBatch) -> torch.Tensor:
+        """Tokens (N, P, D) of the real channels by the shared temporal encoder, which all tasks of a file can use."""
+        return cast("Encoder", self.encoder).temporal_tokens(batch)
 
     def group(self, name: str) -> str:
         """`lora`, `head` or `temporal`."""

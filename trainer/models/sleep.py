@@ -85,17 +85,19 @@ class SleepEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.time_pool = _pool(config)
 
-    def forward(self, batch: ChannelBatch) -> Encoded:
-        """Pooled (B, D) and one token per patch (B, P, D). A window without channels gives finite numbers."""
-        num_patches = count_patches(batch.signal_BCT.shape[2], rate_hz=batch.rate_hz, patch_s=self.config.patch_s)
+    def forward(self, batch: ChannelBatch, *, tokens_NPD: torch.Tensor | None = None) -> Encoded:
+        """Pooled (B, D) and one token per patch (B, P, D). A window without channels gives finite numbers.
+
+        Args:
+            batch: Windows of one rate.
+            tokens_NPD: What `temporal_tokens` gave for the batch; None computes it.
+        """
+        tokens_NPD = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
+        num_patches = tokens_NPD.shape[1]
         mask_BC = batch.mask_BC
         num_windows, num_channels = mask_BC.shape
-        # Only real channels are tokenized: padding costs nothing and cannot enter.
-        row_N = with_one_real(mask_BC).flatten().nonzero()[:, 0]
-        signal_NT, *ids_3N = (
-            rows_of(x, row_N) for x in (batch.signal_BCT, batch.anode_BC, batch.cathode_BC, batch.kind_BC)
-        )
-        tokens_NPD = self.temporal_encoder(signal_NT, num_patches)
+        row_N = _real_rows(mask_BC)
+        ids_3N = (rows_of(x, row_N) for x in (batch.anode_BC, batch.cathode_BC, batch.kind_BC))
         tokens_NPD = tokens_NPD + self.position(*ids_3N)[:, None, :]
         sets_BPCD = tokens_NPD.new_zeros(num_windows, num_patches, num_channels, self.width)
         sets_BPCD[row_N // num_channels, :, row_N % num_channels] = tokens_NPD
@@ -106,6 +108,19 @@ class SleepEncoder(nn.Module):
             run_blocks(self.blocks, tokens_BPD, is_checkpointed=self.config.checkpoint_blocks and self.training)
         )
         return Encoded(self.time_pool(tokens_BPD), tokens_BPD)
+
+    def temporal_tokens(self, batch: ChannelBatch) -> torch.Tensor:
+        """Tokens (N, P, D) of the real channels, window after window, by the temporal encoder alone.
+
+        Only real channels are tokenized: padding costs nothing and cannot enter.
+        """
+        num_patches = count_patches(batch.signal_BCT.shape[2], rate_hz=batch.rate_hz, patch_s=self.config.patch_s)
+        return self.temporal_encoder(rows_of(batch.signal_BCT, _real_rows(batch.mask_BC)), num_patches)
+
+
+def _real_rows(mask_BC: torch.Tensor) -> torch.Tensor:
+    """Places b x C + c of the real channels, ascending."""
+    return with_one_real(mask_BC).flatten().nonzero()[:, 0]
 
 
 def rows_of(values_BC: torch.Tensor, row_N: torch.Tensor) -> torch.Tensor:

@@ -95,21 +95,39 @@ class UnivariateEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, batch: ChannelBatch, *, code_keep_BC: torch.Tensor | None = None) -> Encoded:
+    def forward(
+        self,
+        batch: ChannelBatch,
+        *,
+        code_keep_BC: torch.Tensor | None = None,
+        tokens_NPD: torch.Tensor | None = None,
+    ) -> Encoded:
         """Pooled (B, D) and tokens (B, num_tokens, D), zeros for a window without channels.
 
         Args:
             batch: Windows of one rate.
             code_keep_BC: Factor on the channel and rate codes; None keeps them. Zeros hide the identity of a channel
                 while every module still runs, as ZeRO-3 needs.
+            tokens_NPD: What `temporal_tokens` gave for the batch; None computes it.
         """
-        tokens_BPD = masked_mean(self.channel_tokens(batch, code_keep_BC=code_keep_BC), batch.mask_BC)
+        tokens_BCPD = self.channel_tokens(batch, code_keep_BC=code_keep_BC, tokens_NPD=tokens_NPD)
+        tokens_BPD = masked_mean(tokens_BCPD, batch.mask_BC)
         return Encoded(tokens_BPD.mean(dim=1), tokens_BPD)
 
-    def channel_tokens(self, batch: ChannelBatch, *, code_keep_BC: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (B, C, num_tokens, D) of every channel by itself, zeros where the mask is False."""
+    def temporal_tokens(self, batch: ChannelBatch) -> torch.Tensor:
+        """Tokens (N, num_tokens, D) of the real channels, window after window, by the temporal encoder alone."""
+        return self.temporal_encoder(batch.signal_BCT[with_one_real(batch.mask_BC)], batch.rate_hz)
+
+    def channel_tokens(
+        self,
+        batch: ChannelBatch,
+        *,
+        code_keep_BC: torch.Tensor | None = None,
+        tokens_NPD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens (B, C, num_tokens, D) of every channel by itself, zeros where the mask is False; see `forward`."""
         real_BC = with_one_real(batch.mask_BC)
-        tokens_NPD = self.temporal_encoder(batch.signal_BCT[real_BC], batch.rate_hz)
+        tokens_NPD = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
         tokens_NPD = tokens_NPD + self.token_code(torch.arange(tokens_NPD.shape[1], device=tokens_NPD.device))
         keep_N1 = None if code_keep_BC is None else code_keep_BC[real_BC][:, None].to(tokens_NPD.dtype)
         if self.position is not None:
