@@ -13,6 +13,7 @@ def export(
     step: str = typer.Option("newest", help="Checkpoint: a number of steps, `newest`, or `best` by keep_best."),
     what: Literal["encoder", "model"] = typer.Option("encoder", help="The encoder alone, or with its objective."),
     dtype: Literal["fp32", "bf16"] = typer.Option("fp32", help="Of the weights."),
+    licence: str | None = typer.Option(None, help="Of the weights, e.g. cc-by-4.0; default: the run's `licence`."),
 ) -> None:
     """Write the encoder or the model of a checkpoint to one safetensors file with its configuration.
 
@@ -24,5 +25,6 @@ def export(
     from trainer.storage import location
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    card = export_run(run, location(out), step=None if step == "newest" else step, what=what, dtype=dtypes[dtype])
+    chosen = None if step == "newest" else step
+    card = export_run(run, location(out), step=chosen, what=what, dtype=dtypes[dtype], licence=licence)
     console.print(f"{what} of kind {card.kind!r}, step {card.step}, {dtype}: {out}", soft_wrap=True)

@@ -35,6 +35,7 @@ FREE_KEYS = frozenset(
         "prefetch",
         "max_replaced",
         "cache",
+        "licence",
         "curriculum",  # of the steps to come: trainer/data.py refuses a change of those that were done
         "faults",
         "ray",
@@ -118,6 +119,7 @@ class PretrainConfig(_Section):
     # cached_gradients: then all of global_batch are negatives of each other, at the price of a second forward pass.
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     cached_gradients: bool = False
+    licence: str | None = None  # of the exported encoder, e.g. cc-by-4.0; bundles on it may not grant more
     steps: Annotated[int, Field(ge=1)]
     stop_at: Annotated[int, Field(ge=1)] | None = None  # stop early after this step, as SIGTERM would
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -22,6 +22,7 @@ from manifests.config import write_atomically
 from manifests.errors import ConfigError, ContractError
 from trainer.models.build import Encoder, EncoderConfig, build_encoder
 from trainer.objectives.build import ObjectiveConfig, build_objective
+from trainer.pretrained_on import PretrainedOn
 from trainer.storage import answering
 from trainer.tensor_file import save_tensors
 
@@ -40,6 +41,8 @@ class EncoderCard(BaseModel):
         sha256: Of `encoder.safetensors`, or of all bytes after a file's header.
         site_tables: Names of the tensors with one row per UCS site; rows are matched by id.
         recipes: Recipe id to the recipe that its training windows were made with.
+        licence: Of the weights, e.g. `cc-by-4.0`; null = not stated.
+        pretrained_on: Snapshots, corpora and persons; null = not known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +57,8 @@ class EncoderCard(BaseModel):
     recipes: dict[str, dict[str, Any]]
     step: int
     sha256: str
+    licence: str | None = None
+    pretrained_on: PretrainedOn | None = None
 
 
 def save_encoder(
@@ -63,6 +68,8 @@ def save_encoder(
     state: Mapping[str, torch.Tensor] | None = None,
     recipes: Mapping[str, Mapping[str, Any]],
     step: int,
+    licence: str | None = None,
+    pretrained_on: PretrainedOn | None = None,
 ) -> EncoderCard:
     """Write an encoder to `folder`, replacing an earlier export as a whole.
 
@@ -72,6 +79,8 @@ def save_encoder(
         state: Whole fp32 weights by name, for an encoder whose own are partitioned.
         recipes: Recipe id to recipe of the training windows.
         step: Optimizer steps it was trained for.
+        licence: Of the weights.
+        pretrained_on: Of `read_pretrained_on`.
     """
     temporary, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
     for leftover in (temporary, old):
@@ -88,6 +97,8 @@ def save_encoder(
         recipes={name: dict(recipe) for name, recipe in recipes.items()},
         step=step,
         sha256=hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        licence=licence,
+        pretrained_on=pretrained_on,
     )
     (temporary / CARD_FILE).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
     if folder.exists():

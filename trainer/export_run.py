@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from manifests.config import read_yaml
 from manifests.errors import ConfigError, ContractError
 from trainer.checkpoint import read_meta, read_weights
 from trainer.checkpoint_store import best_checkpoint, committed_checkpoints, step_of, verify_checkpoint
+from trainer.config import PretrainConfig
 from trainer.export import ENCODER_PREFIX, EncoderCard, fill, site_tables_of, write_file
-from trainer.models.build import EncoderConfig, build_encoder
-from trainer.objectives.build import ObjectiveConfig, build_objective
+from trainer.models.build import build_encoder
+from trainer.objectives.build import build_objective
 from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE
+from trainer.pretrained_on import read_pretrained_on
 from trainer.storage import is_remote, location
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def export_run(
     step: str | None = None,
     what: Literal["encoder", "model"] = "encoder",
     dtype: torch.dtype = torch.float32,
+    licence: str | None = None,
 ) -> EncoderCard:
     """Write the encoder, or the whole model, of a checkpoint to the file `out`.
 
@@ -86,6 +89,7 @@ def export_run(
         step: As in `find_sound`.
         what: The encoder is what adapters start from.
         dtype: Of all tensors that are not integers.
+        licence: Of the weights, e.g. `cc-by-4.0`; None = as the run's configuration says.
 
     Raises:
         ConfigError: No such run or checkpoint; `out` exists or cannot be written.
@@ -98,8 +102,8 @@ def export_run(
     checkpoint = find_sound(run, step=step)
     meta = read_meta(checkpoint)
     try:
-        encoder = build_encoder(TypeAdapter(EncoderConfig).validate_python(meta["config"]["encoder"]))
-        objective = TypeAdapter(ObjectiveConfig).validate_python(meta["config"]["objective"])
+        config = PretrainConfig.model_validate(meta["config"])
+        encoder, objective = build_encoder(config.encoder), config.objective
     except ValidationError as error:
         raise ContractError(f"{checkpoint}: its configuration is not one of this kymo: {error}") from None
     model: nn.Module = build_objective(encoder, objective) if what == "model" else encoder
@@ -115,5 +119,7 @@ def export_run(
         recipes=meta.get("recipes", {}),
         step=step_of(checkpoint),
         sha256="",
+        licence=licence or config.licence,
+        pretrained_on=read_pretrained_on(config),
     )
     return write_file(out, {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}, card)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainer.models.build import build_encoder
 from trainer.models.flops import training_flops
 from trainer.objectives.build import build_objective
 from trainer.paths import ENCODER_FOLDER, SKIPPED_FILE, read_skipped, write_skipped
+from trainer.pretrained_on import PretrainedOn, read_pretrained_on
 from trainer.read import SnapshotReader, Window
 from trainer.run_folder import PretrainResult, checkpoint_folder
 from trainer.samples import Stream, load_streams, open_snapshot
@@ -292,7 +294,13 @@ class Run:
             state=read_weights(path, prefix="encoder."),
             recipes=self.recipes,
             step=step_of(path),
+            licence=self.config.licence,
+            pretrained_on=self._pretrained_on,
         )
+
+    @cached_property
+    def _pretrained_on(self) -> PretrainedOn:
+        return read_pretrained_on(self.config)
 
     def close(self) -> None:
         """Close files, after a checkpoint that is under way."""

@@ -1,8 +1,8 @@
 import pandas as pd
-import pytest
 
 from manifests.corpora import load_corpus, subject_hash
-from trainer.evaluation.seen import Pretraining, overlap_of, pretrain_seen, read_pretraining, sentence
+from trainer.evaluation.seen import Pretraining, overlap_of, pretrain_seen, pretraining_of, sentence
+from trainer.pretrained_on import read_pretrained_on
 
 
 def windows_of(corpus: str, *subjects: str) -> pd.DataFrame:
@@ -49,16 +49,18 @@ def test_what_is_unrelated_leaves_no_row() -> None:
     assert seen["subjects_seen"] == 0
 
 
-def test_a_runs_configuration_tells_the_persons_of_its_split_and_what_is_gone(tiny_config, tiny_snapshot) -> None:
-    config = tiny_config()
-    found = read_pretraining(config)
+def test_a_card_tells_the_persons_of_the_split_that_was_trained_on(tiny_config) -> None:
+    facts = read_pretrained_on(tiny_config())
+    found = pretraining_of(facts)
     assert len(found.subjects["tiny"]) == 4  # of 6, two are val
-    gone = config.model_copy(update={"snapshots": [config.snapshots[0].model_copy(update={"path": "/nowhere/s"})]})
-    assert read_pretraining(gone).unknown == ("snapshot s of the pretraining is not there any more",)
-    assert sentence(pretrain_seen(read_pretraining(None), windows_of("tiny", "a"))).startswith("Not known: ")
+    person = min(found.subjects["tiny"])
+    assert pretrain_seen(found, windows_of("tiny", person, "stranger"))["subjects_seen"] == 1
 
 
-@pytest.mark.parametrize("corpora", [["other"], None])
-def test_corpora_that_the_run_left_out_were_not_seen(tiny_config, corpora) -> None:
-    config = tiny_config(filter={"corpora": corpora})
-    assert set(read_pretraining(config).subjects) == (set() if corpora else {"tiny"})
+def test_what_a_card_does_not_tell_is_called_unknown(tiny_config) -> None:
+    facts = read_pretrained_on(tiny_config())
+    for card in (None, facts.without_subjects()):
+        seen = pretrain_seen(pretraining_of(card), windows_of("tiny", "a"))
+        assert sentence(seen).startswith("Not known: the encoder's card ")
+    half = pretraining_of(facts.model_copy(update={"unknown": ["snapshot s is gone"]}))
+    assert sentence(pretrain_seen(half, windows_of("tiny", "a"))).endswith("; snapshot s is gone.")

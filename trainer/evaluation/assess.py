@@ -27,9 +27,10 @@ from trainer.evaluation.probe import Fold, ProbeName, fit_folds, predict_folds
 from trainer.evaluation.recordings import recording_retrieval
 from trainer.evaluation.report import write_report
 from trainer.evaluation.scores import METRICS, compare, score_classes
-from trainer.evaluation.seen import Pretraining, pretrain_seen, read_pretraining
+from trainer.evaluation.seen import Pretraining, pretrain_seen, pretraining_of
 from trainer.evaluation.subject import Subject, find_subject
 from trainer.evaluation.windows import Rows, describe, folder_name, load_labelled
+from trainer.pretrained_on import read_pretrained_on
 from trainer.score import score_run
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ def evaluate_run(config: EvaluateConfig, *, tell: Tell = logger.info) -> dict[st
     out = Path(config.out) if config.out else subject.folder / "evaluation"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     tasks = config.tasks or plan_tasks(config)
-    pretraining = read_pretraining(subject.config)
+    # The run's snapshots as they lie now tell more than the card of an encoder that was exported on another machine.
+    facts = subject.card.pretrained_on if subject.config is None else read_pretrained_on(subject.config)
+    pretraining = pretraining_of(facts)
     figures: dict[str, str] = {}
     results = []
     for number, settings in enumerate(tasks, start=1):

@@ -4,15 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-from upath import UPath
-
 from manifests.config import shipped_names
 from manifests.corpora import CORPORA_DIR, Overlap, load_corpus
-from manifests.errors import ConfigError, ContractError
-from manifests.shards import SAMPLES_FILE, load_snapshot
-from trainer.config import PretrainConfig
-from trainer.evaluation.windows import Rows, folder_name
+from trainer.evaluation.windows import Rows
+from trainer.pretrained_on import PretrainedOn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,37 +23,22 @@ class Pretraining:
     unknown: tuple[str, ...]
 
 
-def read_pretraining(config: PretrainConfig | None) -> Pretraining:
-    """Corpora and persons of a run's snapshots, as far as they still lie where its configuration says.
-
-    Filters of single windows are not looked at: a person counts as seen if any window of the split could be drawn.
-    """
-    if config is None:
-        return Pretraining(subjects={}, unknown=("the encoder came without the configuration of its run",))
-    subjects: dict[str, set[str]] = {}
-    unknown = []
-    for source in config.snapshots:
-        try:
-            load_snapshot(source.path)
-        except (ConfigError, ContractError):
-            unknown.append(f"snapshot {folder_name(source.path)} of the pretraining is not there any more")
-            continue
-        table = pq.read_table(UPath(source.path) / SAMPLES_FILE, columns=["corpus", "subject", "split"]).to_pandas()
-        table = table[table["split"] == config.split]
-        if config.filter.corpora is not None:
-            table = table[table["corpus"].isin(config.filter.corpora)]
-        for corpus, part in table.groupby("corpus"):
-            subjects.setdefault(str(corpus), set()).update(part["subject"])
-    return Pretraining(
-        subjects={corpus: frozenset(found) for corpus, found in subjects.items()}, unknown=tuple(unknown)
-    )
+def pretraining_of(facts: PretrainedOn | None) -> Pretraining:
+    """Corpora and persons as an encoder's card tells them; that of a published bundle tells numbers only."""
+    if facts is None:
+        return Pretraining(subjects={}, unknown=("the encoder's card does not tell what it was pretrained on",))
+    if facts.subjects is None:
+        unknown = (*facts.unknown, "the encoder's card tells the number of persons, not who they are")
+        return Pretraining(subjects={}, unknown=unknown)
+    subjects = {corpus: frozenset(found) for corpus, found in facts.subjects.items()}
+    return Pretraining(subjects=subjects, unknown=tuple(facts.unknown))
 
 
 def pretrain_seen(pretraining: Pretraining, tested: Rows) -> dict[str, Any]:
     """What the pretraining saw of the tested windows.
 
     Args:
-        pretraining: Of `read_pretraining`.
+        pretraining: Of `pretraining_of`.
         tested: `corpus` and `subject` of each tested window.
 
     Returns:
