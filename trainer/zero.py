@@ -1,6 +1,5 @@
 """DeepSpeed: the process group, the one dict, the initialised model, and the learning rate of a step."""
 
-import atexit
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from manifests.errors import ConfigError
 from trainer.collectives import world_size
 from trainer.config import OptimizerConfig, PretrainConfig
 from trainer.gradient_cache import cached_losses, plain_losses
+from trainer.process_group import join_group
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -35,27 +35,13 @@ NO_DECAY = ("temperature", "log_scale", "logit_scale")
 def join_processes(backend: str, *, timeout_s: float = 900.0) -> None:
     """Make sure that a process group exists and that DeepSpeed uses it.
 
-    Ray Train has made one already; under torchrun the environment tells; otherwise this is a group of one process,
-    which needs no port and lives as long as the process. A collective that `timeout_s` does not suffice for fails.
+    See `trainer.process_group.join_group`. A collective that `timeout_s` does not suffice for fails.
 
     Raises:
         ConfigError: NCCL was asked for and there is no GPU.
     """
     has_gpu = torch.cuda.is_available()
-    if backend == "nccl" and not has_gpu:
-        raise ConfigError("backend: nccl needs a GPU and this machine has none; set backend to auto or gloo")
-    chosen = ("nccl" if has_gpu else "gloo") if backend == "auto" else backend
-    timeout = timedelta(seconds=timeout_s)
-    if not distributed.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            if has_gpu:  # Ray Train has done so; torchrun leaves it to us
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            distributed.init_process_group(chosen, timeout=timeout)
-        else:
-            store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] (public in torch's manual)
-            distributed.init_process_group(chosen, store=store, rank=0, world_size=1)
-        atexit.register(_leave_processes)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    chosen = join_group(backend, timeout_s=timeout_s)
     if not has_gpu:
         # Otherwise the first use on a CPU compiles an operator for a hundred seconds; a kill -9 in that time
         # leaves a lock that hangs every later run.
@@ -64,16 +50,11 @@ def join_processes(backend: str, *, timeout_s: float = 900.0) -> None:
     groups = deepspeed.utils.groups.__dict__
     if groups["_WORLD_GROUP"] is None:
         # DeepSpeed would clone the group without its timeout, and a hung rank would hold the others for half an hour.
-        groups["_WORLD_GROUP"] = distributed.new_group(timeout=timeout)
-
-
-def _leave_processes() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        groups["_WORLD_GROUP"] = distributed.new_group(timeout=timedelta(seconds=timeout_s))
 
 
 def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run; nothing else in kymo writes one."""
+    """The DeepSpeed configuration of a pretraining run."""
     if config.cached_gradients and config.gradient_accumulation == 1:
         raise ConfigError(
             "cached_gradients: true with gradient_accumulation: 1 runs everything twice and changes nothing; "
@@ -85,16 +66,27 @@ def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
             f"global_batch: {config.global_batch} is under num_workers {world_size()} × gradient_accumulation "
             f"{config.gradient_accumulation}; raise it or lower one of them"
         )
+    # Nominal: slices of a global batch may differ by one window between ranks.
+    return zero_settings(
+        stage=config.zero_stage,
+        micro_batch=micro_batch,
+        accumulation=config.gradient_accumulation,
+        clipping=config.gradient_clipping,
+        is_bf16=is_bf16(config),
+    )
+
+
+def zero_settings(*, stage: int, micro_batch: int, accumulation: int, clipping: float, is_bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration as plain data. Its own default clips gradients at 1.0; here 0 clips nothing."""
     return {
-        # Nominal: slices of a global batch may differ by one window between ranks.
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage},
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clipping,
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         # Autocast, not bf16 parameters: normalisation and filter layers stay fp32, and the loss is ten times
         # closer to fp32's.
-        "torch_autocast": {"enabled": is_bf16(config), "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16"},
         "checkpoint": {"tag_validation": "Fail"},
         "steps_per_print": None,
     }
@@ -109,28 +101,37 @@ def initialise(objective: nn.Module, config: PretrainConfig) -> Any:
     """The objective under DeepSpeed with AdamW: `loss = model(batch)`, `model.backward(loss)`, `model.step()`.
 
     Raises:
-        ConfigError: A parameter without dimensions, which DeepSpeed 0.19.8 cannot broadcast, or a layer whose result
-            depends on the other windows of its rank.
+        ConfigError: A layer that `check_layers` refuses.
     """
-    for name, parameter in objective.named_parameters():
-        if parameter.ndim == 0:
-            raise ConfigError(f"parameter {name} has no dimension; give it the shape (1,)")
-    for name, module in objective.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise ConfigError(
-                f"module {name} is a {type(module).__name__}: its result would change with the number of workers and "
-                "with the other windows of a batch; take GroupNorm or LayerNorm"
-            )
+    check_layers(objective)
     torch.set_num_threads(config.num_threads)
     if config.compile:
         _compile_parts(objective)
-    model, _, _, _ = deepspeed.initialize(
-        model=objective,
-        optimizer=_adamw(objective, config.optimizer),
-        config=deepspeed_dict(config),
-        dist_init_required=False,
-    )
+    return wrap(objective, _adamw(objective, config.optimizer), settings=deepspeed_dict(config))
+
+
+def wrap(module: nn.Module, optimizer: torch.optim.Optimizer, *, settings: dict[str, Any]) -> Any:
+    """A module under DeepSpeed with the given optimizer and settings (`zero_settings`)."""
+    model, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return model
+
+
+def check_layers(module: nn.Module) -> None:
+    """Refuse what cannot be trained on several ranks.
+
+    Raises:
+        ConfigError: A parameter without dimensions, which DeepSpeed 0.19.8 cannot broadcast, or a layer whose result
+            depends on the other windows of its rank.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(f"parameter {name} has no dimension; give it the shape (1,)")
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm):
+            raise ConfigError(
+                f"module {name} is a {type(part).__name__}: its result would change with the number of workers and "
+                "with the other windows of a batch; take GroupNorm or LayerNorm"
+            )
 
 
 def _compile_parts(objective: nn.Module) -> None:
