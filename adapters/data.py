@@ -6,8 +6,9 @@ window is read that has no label.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.recipes import Recipe
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
-from manifests.tasks import Task, chosen_symbols, lacking, window_labels
+from manifests.tasks import Task, chosen_symbols, lacking, negative, window_labels
 from trainer.data import Address, Order
 from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window
@@ -28,7 +29,7 @@ from trainer.samples import SnapshotSource, Stream, load_streams
 logger = logging.getLogger(__name__)
 
 # What a bundle tells about a corpus. Split tables and file names may name persons; they stay at home.
-CORPUS_FACTS = ("title", "licence", "access", "citation", "mains_hz")
+CORPUS_FACTS = ("title", "licence", "access", "citation", "mains_hz", "split_name")
 COLUMNS = ["key", "split", "subject", "symbols", "stage", "classes"]
 
 
@@ -37,10 +38,10 @@ class Labelled:
     """Windows of one split that carry a label of the task.
 
     Attributes:
-        streams: One per class and corpus under cross_entropy, one per corpus under bce; empty = no window.
+        streams: One per answer and corpus where a window has exactly one, else one per corpus; empty = no window.
         targets: Key to class indices: one under cross_entropy, any number under bce.
         subjects: Key to hashed subject.
-        counts: Windows per label.
+        counts: Windows per label, and of a single yes or no the others as `not LABEL`.
         symbols: Windows per channel that the task sees.
         left_out: Reason to number of windows left out.
     """
@@ -71,17 +72,21 @@ def load_task_data(task: Task, run: TaskRun) -> TaskData:
     """Labelled windows of a task in every split.
 
     Raises:
-        ConfigError: Snapshots of different recipes, a kind that the recipe lacks, kinds of different rates, or a
-            label without a window in `train`.
+        ConfigError: Snapshots of different recipes, a kind that the recipe lacks, kinds of different rates, another
+            window or split than the task's, a person on two sides of a strict split, or a label without a window in
+            `train`.
     """
     snapshots = tuple(load_snapshot(path) for path in run.snapshots)
     if len({snapshot.recipe_digest for snapshot in snapshots}) > 1:
         found = ", ".join(f"{path}: {s.recipe['id']}" for path, s in zip(run.snapshots, snapshots, strict=True))
         raise ConfigError(f"task {task.id}: snapshots of different recipes ({found}); use one recipe per task")
     _check_recipe(task, snapshots[0].recipe)
+    for snapshot in snapshots:
+        _check_splits(task, snapshot)
     splits = {split: _labelled(task, run, split=split) for split in ("train", "val", "test")}
+    _check_persons(task, splits, snapshots)
     train = splits["train"]
-    if missing := [label for label in task.labels if not train.counts[label]]:
+    if missing := [label for label, count in train.counts.items() if not count]:
         raise ConfigError(
             f"task {task.id}: no training window for {', '.join(missing)} in {', '.join(run.snapshots)} "
             f"(windows per label: {train.counts}, left out: {train.left_out}); "
@@ -100,6 +105,11 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
             f"task {task.id}: recipe {loaded.id} keeps recorded rates, a task's model reads one; "
             "convert with a recipe that sets the rate"
         )
+    if task.window_s not in (None, loaded.window_s):
+        raise ConfigError(
+            f"task {task.id}: wants windows of {task.window_s} s, recipe {loaded.id} has {loaded.window_s} s; "
+            "convert with a recipe of that window, or set window_s in a task file of your own"
+        )
     kinds = loaded.kinds
     if absent := [kind for kind in task.min_channels if kind not in kinds]:
         raise ConfigError(
@@ -109,6 +119,35 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
     if len({kinds[kind].rate_hz for kind in task.kinds if kind in kinds}) > 1:
         rates = {kind: kinds[kind].rate_hz for kind in task.kinds if kind in kinds}
         raise ConfigError(f"task {task.id}: kinds of different rates {rates} in recipe {recipe['id']}")
+
+
+def _check_splits(task: Task, snapshot: Snapshot) -> None:
+    for corpus, wanted in task.corpora.items():
+        found = snapshot.corpora.get(corpus, {}).get("split_name")
+        if wanted is None or found is None or found == wanted:
+            continue
+        raise ConfigError(
+            f"task {task.id}: corpus {corpus} was converted with the split {found!r}, the task's is {wanted!r}; "
+            f"convert with `split: {wanted}` in its source, or set corpora in a task file of your own"
+        )
+
+
+def _check_persons(task: Task, splits: Mapping[str, Labelled], snapshots: Sequence[Snapshot]) -> None:
+    """Refuse a person on two sides, unless a published split puts persons there by design: then warn."""
+    facts = [(name, entry.get("split_name")) for snapshot in snapshots for name, entry in snapshot.corpora.items()]
+    published = sorted({f"{name} ({split})" for name, split in facts if split not in (None, "strict")})
+    for one, other in combinations(splits, 2):
+        both = set(splits[one].subjects.values()) & set(splits[other].subjects.values())
+        if both and not published:
+            raise ConfigError(
+                f"task {task.id}: {len(both)} person(s) stand in {one} and in {other} (e.g. {min(both)}); "
+                "use snapshots of one split, or convert them again together"
+            )
+        if both:
+            logger.warning(
+                "task %s: %d person(s) stand in %s and in %s, as the split of %s has it; scores are too good for "
+                "persons never seen", task.id, len(both), one, other, ", ".join(published),
+            )  # fmt: skip
 
 
 def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
@@ -123,26 +162,30 @@ def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
                 continue
             labels = window_labels(task, stage=row["stage"], classes=row["classes"] or ())
             reason = _unusable(task, labels, row["symbols"])
-            if reason:
+            if reason or labels is None:
                 left_out[reason] += 1
                 continue
             targets[row["key"]] = tuple(sorted(task.labels.index(label) for label in labels))
             subjects[row["key"]] = row["subject"]
             symbols.update(symbol for group in chosen_symbols(task, row["symbols"]).values() for symbol in group)
     counts = Counter(task.labels[index] for indices in targets.values() for index in indices)
+    names = list(task.labels)
+    if task.loss == "bce" and task.is_exclusive:
+        names.append(negative(task.labels[0]))
+        counts[names[-1]] = sum(not indices for indices in targets.values())
     return Labelled(
         streams=_streams(task, run, split=split, targets=targets) if targets else (),
         targets=targets,
         subjects=subjects,
-        counts={label: counts[label] for label in task.labels},
+        counts={name: counts[name] for name in names},
         symbols=dict(sorted(symbols.items(), key=lambda item: (-item[1], item[0]))),
         left_out=dict(left_out),
     )
 
 
-def _unusable(task: Task, labels: frozenset[str], symbols: Sequence[str]) -> str:
+def _unusable(task: Task, labels: frozenset[str] | None, symbols: Sequence[str]) -> str:
     """Why a window cannot be used; empty = it can."""
-    if not labels:
+    if labels is None:
         return "no label of the task"
     if len(labels) > 1 and task.loss == "cross_entropy":
         return "two labels of the task"
@@ -150,7 +193,7 @@ def _unusable(task: Task, labels: frozenset[str], symbols: Sequence[str]) -> str
 
 
 def _streams(task: Task, run: TaskRun, *, split: str, targets: dict[str, tuple[int, ...]]) -> tuple[Stream, ...]:
-    """Streams cut by class, each weighted by n^balance of its class, shared among corpora as they come."""
+    """Streams cut by answer, each weighted by n^balance of its answer, shared among corpora as they come."""
     sources = [SnapshotSource(path=path) for path in run.snapshots]
     streams: list[Stream] = []
     sizes = Counter(indices for indices in targets.values())
@@ -158,12 +201,11 @@ def _streams(task: Task, run: TaskRun, *, split: str, targets: dict[str, tuple[i
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, key in enumerate(stream.keys):
             if key in targets:
-                group = targets[key] if task.loss == "cross_entropy" else ()
-                groups.setdefault(group, []).append(row)
+                groups.setdefault(targets[key] if task.is_exclusive else (), []).append(row)
         for group in sorted(groups):
             rows = np.asarray(groups[group])
-            total = sizes[group] if group else len(targets)
-            weight = total ** (task.balance if group else 1.0) * len(rows) / total
+            total = sizes[group] if task.is_exclusive else len(targets)
+            weight = total ** (task.balance if task.is_exclusive else 1.0) * len(rows) / total
             streams.append(stream.take(rows, weight=weight))
     return tuple(streams)
 
@@ -178,13 +220,13 @@ def spread_addresses(labelled: Labelled, *, limit: int) -> list[Address]:
     return addresses
 
 
-def read_spread(labelled: Labelled, *, limit: int, batch: int) -> Iterator[list[Window]]:
-    """Batches of the windows of `spread_addresses`."""
+def read_spread(labelled: Labelled, *, limit: int, batch: int, part: int = 0, parts: int = 1) -> Iterator[list[Window]]:
+    """Batches `part`, `part + parts`, … of the windows of `spread_addresses`; a batch is the same for any `parts`."""
     addresses = spread_addresses(labelled, limit=limit)
     order = Order(labelled.streams, seed=0, global_batch=batch)
     reader = SnapshotReader(labelled.streams)
     try:
-        for first in range(0, len(addresses), batch):
+        for first in range(part * batch, len(addresses), parts * batch):
             yield reader.read(addresses[first : first + batch], order=order)
     finally:
         reader.close()

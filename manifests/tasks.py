@@ -1,4 +1,4 @@
-"""What a task is: labels, the raw labels they come from, channels, view and loss. One YAML each in `tasks/`."""
+"""What a task is: corpora, labels, the raw labels they come from, window, channels, loss. One YAML each in `tasks/`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,44 +14,66 @@ TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 
 # Longer than any module name of an encoder; `adapters.model` refuses those that still collide.
 TaskId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{1,62}$")]
-MetricName = Literal["balanced_accuracy", "macro_f1", "kappa", "auroc"]
+MetricName = Literal["balanced_accuracy", "macro_f1", "weighted_f1", "kappa", "auroc", "auprc"]
+UNSCORED = "?"
 
 
 class Task(BaseModel):
     """A task. Snapshots are named by the run, so one task serves any corpus that has its labels.
 
     Attributes:
-        target: Where labels stand in a sample: `stage` (of the window) or `classes` (of the recording).
-        labels: Classes in the order of the head's outputs.
-        map: Raw label to class; null = known and left out. Raw labels that are not listed are left out too.
+        corpora: Corpora that the task is made for, each with the split that its published numbers are on (`strict`, or
+            a name in the corpus file); null = any split. A snapshot of such a corpus with another split is refused.
+        target: Where labels stand in a sample: `stage` (of the window) or `classes` (of the recording, or of the event
+            that the window stands in).
+        labels: Classes in the order of the head's outputs. Of a yes or no, the one that means yes.
+        map: Raw label to class; null = known and none of the classes: left out under cross_entropy, a no under bce.
+            Raw labels that are not listed say nothing: a window that has no others is left out.
+        window_s: Length of a window in seconds; null = as the snapshots have it. Another one is refused.
         kinds: Kinds the model sees, all of one rate.
         channels: Symbols the model sees; null = every channel of `kinds`.
         min_channels: Least number of channels per kind that a recording must have.
         view: Normalisation, a name in `trainer.views.VIEWS`.
+        head: `linear` = a norm and one linear layer on the mean of the tokens.
         loss: `cross_entropy` (exactly one class a window) or `bce` (each class is a yes or no of its own).
-        balance: Classes are drawn in proportion to n^balance: 0 = equally often, 1 = as they come. Needs
-            `cross_entropy`; `bce` draws windows as they come.
+        balance: Classes are drawn in proportion to n^balance: 0 = equally often, 1 = as they come. Several labels
+            under `bce` do not exclude each other, so their windows are drawn as they come.
         class_weights: Weight of each class in the loss; null = 1 each.
+        weight: Factor on the share of steps that a run of several tasks gives to this one.
+        cap_per_epoch: Share of the training windows that an epoch draws anew; null = all of them.
         channel_dropout: Share of training windows that lose a random number of channels, so that recordings with
             fewer channels than the training data can be read.
-        primary: Metric that chooses the best step.
+        metrics: What is reported.
+        primary: One of them, which chooses the best step on `val`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: TaskId
     title: str
+    corpora: dict[str, str | None] = {}
     target: Literal["stage", "classes"]
     labels: Annotated[list[str], Field(min_length=1)]
     map: dict[str, str | None]
+    window_s: Annotated[int, Field(gt=0)] | None = None
     kinds: Annotated[list[str], Field(min_length=1)]
     channels: list[str] | None = None
     min_channels: dict[str, Annotated[int, Field(ge=1)]]
     view: str = "zscore"
+    head: Literal["linear"] = "linear"
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     balance: Annotated[float, Field(ge=0, le=1)] = 0.5
     class_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    cap_per_epoch: Annotated[float, Field(gt=0, le=1)] | None = None
     channel_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = (
+        "balanced_accuracy",
+        "auroc",
+        "auprc",
+        "kappa",
+        "weighted_f1",
+    )
     primary: MetricName = "balanced_accuracy"
 
     @field_validator("kinds")
@@ -73,6 +95,9 @@ class Task(BaseModel):
                 f"map: labels {sorted(set(self.labels) - named)} come from no raw label and "
                 f"{sorted(named - set(self.labels))} are not in labels"
             )
+        says_no = any(label is None and raw != UNSCORED for raw, label in self.map.items())
+        if self.loss == "bce" and self.is_exclusive and not says_no:
+            raise ValueError(f"a yes or no on {self.labels[0]!r} needs a raw label that means no; map it to null")
         if self.class_weights is not None and set(self.class_weights) != set(self.labels):
             raise ValueError(f"class_weights: give a weight to each of {self.labels}")
         return self
@@ -82,9 +107,20 @@ class Task(BaseModel):
         if self.target == "stage":
             if unknown := sorted(set(self.map) - set(STAGES)):
                 raise ValueError(f"map: {', '.join(unknown)} not among the stages {', '.join(STAGES)}")
-            if self.map.get("?") is not None:
+            if self.map.get(UNSCORED) is not None:
                 raise ValueError("map: '?' means unscored and must be null; it is never a class")
         return self
+
+    @model_validator(mode="after")
+    def _primary_is_reported(self) -> "Task":
+        if self.primary not in self.metrics:
+            raise ValueError(f"primary {self.primary!r} is not among the metrics {', '.join(self.metrics)}; add it")
+        return self
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether a window has exactly one answer: one class of several, or the yes or no of a single label."""
+        return self.loss == "cross_entropy" or len(self.labels) == 1
 
     @model_validator(mode="after")
     def _channels_can_be_met(self) -> "Task":
@@ -107,10 +143,20 @@ def load_task(name_or_path: str | Path) -> Task:
     return load_shipped(Task, TASKS_DIR, name_or_path, noun="task")
 
 
-def window_labels(task: Task, *, stage: str | None, classes: Sequence[str]) -> frozenset[str]:
-    """Classes of the task that a window carries; empty = none, several = ambiguous under cross_entropy."""
-    raw = ([] if stage is None else [stage]) if task.target == "stage" else classes
-    return frozenset(label for label in map(task.map.get, raw) if label is not None)
+def window_labels(task: Task, *, stage: str | None, classes: Sequence[str]) -> frozenset[str] | None:
+    """Classes of the task that a window carries, None where nothing says which.
+
+    Under cross_entropy there is one at least, and several are ambiguous. Under bce there may be none: a no to each.
+    """
+    raw = classes if task.target == "classes" else [] if stage is None or stage == UNSCORED else [stage]
+    listed = [task.map[label] for label in raw if label in task.map]
+    found = frozenset(label for label in listed if label is not None)
+    return found if found or (listed and task.loss == "bce") else None
+
+
+def negative(label: str) -> str:
+    """Name of the no of a single yes/no label."""
+    return f"not {label}"
 
 
 def chosen_symbols(task: Task, symbols: Sequence[str]) -> dict[str, list[str]]:

@@ -136,11 +136,11 @@ def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The shipped tasks, narrowed to the kinds of the tiny snapshots."""
+    """The shipped tasks, narrowed to the kinds and the window of the tiny snapshots."""
     folder = tmp_path_factory.mktemp("tasks")
     paths = {}
     for name, recipe in (("sleep_staging", "staged"), ("rhythm", "coded")):
-        task = load_task(name).model_copy(update={"kinds": list(CHANNELS[recipe])})
+        task = load_task(name).model_copy(update={"kinds": list(CHANNELS[recipe]), "window_s": SECONDS})
         paths[name] = folder / f"{name}.yaml"
         paths[name].write_text(dump_yaml(task.model_dump(mode="json")))
     return paths

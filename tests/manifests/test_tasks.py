@@ -31,7 +31,7 @@ def test_the_three_tasks_of_the_first_landing_are_shipped():
 
 def test_unscored_epoch_never_becomes_a_class():
     for name in ("sleep_staging", "wake_deep"):
-        assert window_labels(load_task(name), stage="?", classes=()) == frozenset()
+        assert window_labels(load_task(name), stage="?", classes=()) is None
 
     with pytest.raises(ConfigError, match="unscored and must be null"):
         validate(Task, {**BASE, "map": {"W": "W", "N3": "N3", "?": "W"}}, where="x.yaml")
@@ -39,8 +39,8 @@ def test_unscored_epoch_never_becomes_a_class():
 
 def test_wake_deep_takes_two_stages_only():
     task = load_task("wake_deep")
-    assert [set(window_labels(task, stage=s, classes=())) for s in ("W", "N3", "N2", "R", None)] == [
-        {"wake"}, {"deep"}, set(), set(), set(),
+    assert [window_labels(task, stage=s, classes=()) for s in ("W", "N3", "N2", "R", None)] == [
+        {"wake"}, {"deep"}, None, None, None,
     ]  # fmt: skip
 
 
@@ -49,7 +49,25 @@ def test_rhythm_reads_snomed_codes_and_sees_conflicts():
     assert window_labels(task, stage=None, classes=["426783006", "55930002"]) == {"sinus"}
     assert window_labels(task, stage=None, classes=["164889003", "164890007"]) == {"af"}
     assert window_labels(task, stage=None, classes=["426177001", "426783006"]) == {"bradycardia", "sinus"}
-    assert window_labels(task, stage="W", classes=["55930002"]) == frozenset()
+    assert window_labels(task, stage="W", classes=["55930002"]) is None
+
+
+YES_NO = {"target": "classes", "loss": "bce", "labels": ["af"], "map": {"afib": "af", "normal": None}}
+
+
+def test_under_bce_a_label_mapped_to_null_is_a_no_and_an_unlisted_one_says_nothing():
+    task = validate(Task, {**BASE, **YES_NO}, where="x.yaml")
+    answers = [window_labels(task, stage="W", classes=c) for c in (["afib"], ["normal"], ["afib", "normal"], ["x"], [])]
+    assert answers == [{"af"}, set(), {"af"}, None, None]
+    several = validate(Task, {**BASE, **YES_NO, "labels": ["af", "x"], "map": {"afib": "af", "x": "x"}}, where="x.yaml")
+    assert (task.is_exclusive, several.is_exclusive) == (True, False)
+    assert window_labels(several, stage=None, classes=["afib", "x", "y"]) == {"af", "x"}
+
+
+def test_an_unscored_epoch_is_no_no_either():
+    stages = {"loss": "bce", "labels": ["deep"], "map": {"N3": "deep", "W": None, "?": None}}
+    task = validate(Task, {**BASE, **stages}, where="x.yaml")
+    assert [window_labels(task, stage=s, classes=()) for s in ("N3", "W", "?", None)] == [{"deep"}, set(), None, None]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +83,12 @@ def test_rhythm_reads_snomed_codes_and_sees_conflicts():
         ({"channels": ["eeg:C3-M2"], "min_channels": {"eeg": 2}}, "channels offers 1"),
         ({"class_weights": {"W": 1.0}}, "a weight to each"),
         ({"lables": []}, "nearest: labels"),
+        ({**YES_NO, "map": {"afib": "af"}}, "needs a raw label that means no"),
+        ({"loss": "bce", "labels": ["N3"], "map": {"N3": "N3", "?": None}}, "needs a raw label that means no"),
+        ({"primary": "macro_f1"}, "'macro_f1' is not among the metrics balanced_accuracy"),
+        ({"metrics": ["accuracy"]}, "balanced_accuracy"),
+        ({"window_s": 0}, "greater than 0"),
+        ({"cap_per_epoch": 1.5}, "less than or equal to 1"),
     ],
 )
 def test_faults_are_named(change, message):
