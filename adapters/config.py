@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from adapters.running import Running
 from trainer.models.art_gat import ArtGatConfig
 
 # Anchored on full paths: a bare suffix such as `proj` or `all-linear` would also wrap the temporal encoder.
@@ -82,18 +83,16 @@ class Card(_Strict):
     intended_use: str = "Research on EEG, ECG and sleep recordings like those named under Data."
 
 
-class TaskTraining(_Strict):
+class TaskTraining(Running):
     """What every run that learns labelled tasks has.
 
     Attributes:
         run_dir: Folder of the run; the same command in the same folder continues it.
         encoder: Folder of an exported encoder (`encoder.safetensors`, `encoder.json`).
-        steps: Optimizer steps; each takes one batch of every task, always in the same order.
+        steps: Optimizer steps; each takes windows of every task, always in the same order.
         keep: `last` step, or `best` = the evaluated step with the highest mean of the tasks' primary metric on `val`;
             with a few subjects there that choice is mostly chance.
         eval_windows: At most so many windows per task and split are scored.
-        threads: CPU threads; results are bit-identical for equal numbers only. One is enough for small encoders, and
-            two on a busy machine wait for each other.
     """
 
     run_dir: str
@@ -106,7 +105,6 @@ class TaskTraining(_Strict):
     eval_every: Positive = 50
     checkpoint_every: Positive = 50
     eval_windows: Positive = 1000
-    threads: Positive = 1
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Self:
@@ -131,11 +129,9 @@ class FinetuneConfig(TaskTraining):
         from_scratch: Fresh weights in an encoder of the same sizes: what pretraining has to be held against.
         channels: `union` = all channels that a task names, those a window lacks masked; `intersection` = only those
             that every training window has.
-        device: `auto` = a GPU where there is one.
     """
 
     model: ArtGatConfig = ArtGatConfig()
     from_scratch: bool = False
     channels: Literal["union", "intersection"] = "union"
     optimizer: FinetuneOptimizer = FinetuneOptimizer()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
