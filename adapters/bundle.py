@@ -30,7 +30,8 @@ from adapters.layout import (
     task_files,
     verify_bundle,
 )
-from adapters.model import MultiTaskModel, load_strict, lora_config
+from adapters.methods import peft_config
+from adapters.model import MultiTaskModel, load_strict
 from adapters.train import AdaptResult
 from manifests.config import write_atomically
 from manifests.errors import ConfigError, ContractError
@@ -160,7 +161,7 @@ def _write_files(result: AdaptResult, folder: Path) -> Manifest:
 
 
 def _peft_config(result: AdaptResult, task: str) -> bytes:
-    config = lora_config(result.model.lora[task])
+    config = peft_config(result.model.lora[task])
     config.inference_mode = True
     config.base_model_name_or_path = "../../base"
     return (json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True) + "\n").encode()

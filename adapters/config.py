@@ -2,32 +2,78 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from adapters.running import Running
 from trainer.models.art_gat import ArtGatConfig
 
-# Anchored on full paths: a bare suffix such as `proj` or `all-linear` would also wrap the temporal encoder.
-LORA_TARGETS = r"blocks\.\d+\.(attn\.(q|k|v|o)|fc1|fc2)"
-
 Positive = Annotated[int, Field(ge=1)]
+Temporal = Literal["trainable", "frozen"]
+Method = Literal["lora", "full", "linear_probe", "hps", "mmoe", "cgc"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LoraSpec(_Strict):
-    """One LoRA adapter: W + (alpha / r) B A on every layer whose full path matches `targets`.
+PeftKind = Literal["lora", "rslora", "dora", "ia3", "loha", "lokr", "vera", "oft", "hra", "miss", "hira"]
+REWRITES_BASE = (
+    "writes its start into the weights of the base, which all tasks share: a second task would change the first, and "
+    "without adapters the encoder would no longer be the base"
+)
+# Seen with peft 0.21 and two adapters on one base.
+REFUSED_KINDS = {
+    "pissa": REWRITES_BASE,
+    "olora": REWRITES_BASE,
+    "corda": REWRITES_BASE,
+    "loftq": REWRITES_BASE,
+    "adalora": "prunes ranks by a call after every step, with a schedule of its own",
+    "boft": "compiles a CUDA extension while it is built; oft is its kin without one",
+    "fourierft": "does not start from the base: a fresh adapter changes every output",
+    "prefix_tuning": "adds tokens to a language model's prompt; a window has none",
+    "prompt_tuning": "adds tokens to a language model's prompt; a window has none",
+}
 
-    The default covers q, k, v, o and both feed-forward layers of each block (MTEEG needs attention and
-    feed-forward; r = 8 was best there).
+
+class LoraSpec(_Strict):
+    """One adapter per task: on LoRA W + (alpha / r) B A, on every chosen linear layer of the blocks.
+
+    Attributes:
+        kind: The PEFT method; all tasks of a run and of a bundle have one. Those without a rank (ia3, oft), a scale
+            (ia3, vera, oft, hra, miss, hira) or a dropout (ia3, hra) have no use for r, alpha or dropout.
+        r: Rank; 8 was best in MTEEG, 4 to 32 were tried there.
+        attn: `split` = an adapter each on q, k and v, as MTEEG's equations say; `fused` = one on a joint qkv layer,
+            whose A they share, as its published numbers of parameters say (1.8 M for six tasks on LaBraM-Base).
+        targets: Linear layers with an adapter: q, k, v, o of `attention`, fc1 and fc2 of `feed_forward`, or both.
     """
 
+    kind: PeftKind = "lora"
     r: Positive = 8
     alpha: Positive = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    targets: str = LORA_TARGETS
+    attn: Literal["split", "fused"] = "split"
+    targets: Literal["attention", "feed_forward", "both"] = "both"
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind_leaves_the_base_alone(cls, kind: object) -> object:
+        if reason := REFUSED_KINDS.get(str(kind)):
+            raise ValueError(f"{kind} {reason}; choose another kind")
+        return kind
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths in a block of the linear layers with an adapter."""
+        attention = ("attn.qkv", "attn.o") if self.attn == "fused" else ("attn.q", "attn.k", "attn.v", "attn.o")
+        return (
+            *(attention if self.targets != "feed_forward" else ()),
+            *(("fc1", "fc2") if self.targets != "attention" else ()),
+        )
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression of the full paths: a bare `proj` or `all-linear` would hit the temporal encoder too."""
+        return rf"blocks\.\d+\.({'|'.join(layer.replace('.', chr(92) + '.') for layer in self.layers)})"
 
 
 class TaskRun(_Strict):
@@ -51,15 +97,17 @@ class TaskOptimizer(_Strict):
 
 
 class AdaptOptimizer(TaskOptimizer):
-    """LoRA takes no weight decay: it is a low-rank change already.
+    """Adapters take no weight decay: LoRA is a low-rank change already.
 
     The rates suit tiny encoders pretrained for minutes: there 1e-3 for the temporal encoder took staging of unseen
     synthetic sleepers from 0.62 to 0.83 balanced accuracy against 2e-4. One pretrained for days wants 1e-4.
+    `lr_encoder` is that of the transformer where a method trains it (full, hps, mmoe, cgc).
     """
 
     lr_lora: Annotated[float, Field(ge=0)] = 1e-3
     lr_head: Annotated[float, Field(ge=0)] = 2e-3
     lr_temporal: Annotated[float, Field(ge=0)] = 1e-3
+    lr_encoder: Annotated[float, Field(ge=0)] = 1e-3
 
 
 class FinetuneOptimizer(TaskOptimizer):
@@ -114,11 +162,35 @@ class TaskTraining(Running):
 
 
 class AdaptConfig(TaskTraining):
-    """An adaptation run: one LoRA adapter and one head per task on a frozen encoder."""
+    """An adaptation run: one adapter and one head per task on a frozen encoder, or a method to hold that against.
 
+    Attributes:
+        method: `lora` = adapters as `lora` describes them. The others see the same batches, steps and scores: `full` =
+            all weights, for a run of one task; `linear_probe` = heads alone; `hps` = one encoder that all tasks train;
+            `mmoe` and `cgc` = several encoders, weighted by a gate per task. Only `lora` makes a bundle.
+        temporal: `frozen` = adapters and heads alone are trained, and tasks of earlier runs stay valid.
+        experts: Encoders that all tasks share in mmoe and cgc.
+        task_experts: Further encoders of each task in cgc.
+    """
+
+    method: Method = "lora"
     lora: LoraSpec = LoraSpec()
+    temporal: Temporal = "trainable"
+    experts: Positive = 6
+    task_experts: Positive = 1
     optimizer: AdaptOptimizer = AdaptOptimizer()
     card: Card = Card()
+
+    @model_validator(mode="after")
+    def _method_suits_the_run(self) -> Self:
+        if self.method == "full" and len(self.tasks) > 1:
+            raise ValueError(
+                f"method full trains one task, there are {len(self.tasks)}; give one task, or take hps, where they "
+                "share an encoder"
+            )
+        if self.method != "lora" and self.temporal == "frozen":
+            raise ValueError(f"temporal frozen goes with method lora, not with {self.method}; leave it out")
+        return self
 
 
 class FinetuneConfig(TaskTraining):

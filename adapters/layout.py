@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from adapters.config import LoraSpec
+from adapters.methods import required_config
 from manifests.errors import ConfigError, ContractError
 from manifests.recipes import Recipe
 from manifests.tasks import Task, TaskId
@@ -194,15 +195,7 @@ def read_record(path: Path, name: str, manifest: Manifest) -> TaskRecord:
     files = task_files(name)
     record = _parse(TaskRecord, path / files["record"], verified(path, files["record"], manifest))
     peft = json.loads(verified(path, files["config"], manifest))
-    expected = {
-        "peft_type": "LORA",
-        "r": record.lora.r,
-        "lora_alpha": record.lora.alpha,
-        "target_modules": record.lora.targets,
-        "modules_to_save": None,
-        "bias": "none",
-    }
-    for key, value in expected.items():
+    for key, value in required_config(record.lora).items():
         if peft.get(key) != value:
             raise ContractError(f"{path / files['config']}: {key} is {peft.get(key)!r}, task.json says {value!r}")
     if record.task.id != name:

@@ -122,9 +122,13 @@ def test_names_that_peft_would_mix_up_are_refused(make_encoder, name):
         MultiTaskModel(make_encoder(), {name: 2}, lora=LORA)
 
 
-def test_targets_that_miss_layers_are_refused(make_encoder):
-    with pytest.raises(ConfigError, match="matches 8 layers, the encoder's blocks have 12"):
-        MultiTaskModel(make_encoder(), OUTPUTS, lora=LoraSpec(targets=r"blocks\.\d+\.attn\.(q|k|v|o)"))
+def test_an_encoder_that_lacks_a_layer_is_refused(make_encoder):
+    encoder = make_encoder()
+    encoder.blocks[1].mlp1 = encoder.blocks[1].fc1
+    del encoder.blocks[1].fc1
+    with pytest.raises(ConfigError, match=r"the encoder has no blocks\.1\.fc1; name"):
+        MultiTaskModel(encoder, OUTPUTS, lora=LORA)
+    MultiTaskModel(encoder, OUTPUTS, lora=LORA.model_copy(update={"targets": "attention"}))
 
 
 def test_adapter_is_loaded_strictly(model):

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Mixed tokens (B, L, D). Keys where the mask is False are not attended to."""
-        query, key, value = (split_heads(f(tokens_BLD), self.num_heads) for f in (self.q, self.k, self.v))
+        query, key, value = (split_heads(part, self.num_heads) for part in self.project(tokens_BLD))
         mixed = scaled_dot_product_attention(
             query,
             key,
@@ -37,6 +37,10 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def project(self, tokens_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, (B, L, D) each."""
+        return self.q(tokens_BLD), self.k(tokens_BLD), self.v(tokens_BLD)
 
 
 class Block(nn.Module):
