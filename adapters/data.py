@@ -108,7 +108,7 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
     if task.window_s not in (None, loaded.window_s):
         raise ConfigError(
             f"task {task.id}: wants windows of {task.window_s} s, recipe {loaded.id} has {loaded.window_s} s; "
-            "convert with a recipe of that window, or set window_s in a task file of your own"
+            f"convert with {task.recipe or 'a recipe of that window'}, or set window_s in a task file of your own"
         )
     kinds = loaded.kinds
     if absent := [kind for kind in task.min_channels if kind not in kinds]:
@@ -250,9 +250,21 @@ def describe_data(data: TaskData) -> dict[str, Any]:
                 "windows": len(labelled),
                 "subjects": len(set(labelled.subjects.values())),
                 "counts": labelled.counts,
+                "corpora": _by_corpus(labelled),
                 "symbols": labelled.symbols,
                 "left_out": labelled.left_out,
             }
             for split, labelled in data.splits.items()
         },
+    }
+
+
+def _by_corpus(labelled: Labelled) -> dict[str, dict[str, int]]:
+    """Windows and subjects of each corpus."""
+    keys: dict[str, list[str]] = {}
+    for stream in labelled.streams:
+        keys.setdefault(stream.corpus, []).extend(stream.keys)
+    return {
+        corpus: {"windows": len(found), "subjects": len({labelled.subjects[key] for key in found})}
+        for corpus, found in sorted(keys.items())
     }

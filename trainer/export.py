@@ -175,9 +175,8 @@ def _read_file(path: Path) -> tuple[EncoderCard, dict[str, torch.Tensor]]:
     return _known(card, path), weights
 
 
-def _read_folder(folder: Path) -> tuple[EncoderCard, dict[str, torch.Tensor]]:
+def _read_folder(folder: Path, path: Path) -> tuple[EncoderCard, dict[str, torch.Tensor]]:
     card = read_card(folder)
-    path = folder / WEIGHTS_FILE
     try:
         if hashlib.sha256(path.read_bytes()).hexdigest() != card.sha256:
             raise ContractError(f"{path}: its SHA-256 is not the one in {CARD_FILE}; export the encoder again")
@@ -186,7 +185,7 @@ def _read_folder(folder: Path) -> tuple[EncoderCard, dict[str, torch.Tensor]]:
         raise ContractError(f"{path}: not readable: {error}") from None
 
 
-def load_encoder(source: Path | str) -> Encoder:
+def load_encoder(source: Path | str, *, weights_file: Path | None = None) -> Encoder:
     """Encoder with the exported weights, in evaluation mode, fp32, on the CPU. Strict: every name and shape must fit.
 
     A UCS table that has grown since is fine: its first rows are the exported ones (ids are never renumbered), the
@@ -194,12 +193,16 @@ def load_encoder(source: Path | str) -> Encoder:
 
     Args:
         source: Folder `encoder` of a run, or a file of `kymo export`, also of a whole model.
+        weights_file: The weights of a folder that holds the card alone.
 
     Raises:
         ContractError: The weights were changed, belong to another channel table, or do not fit the encoder.
     """
     source = Path(source)
-    card, weights = _read_file(source) if source.is_file() else _read_folder(source)
+    if source.is_file():
+        card, weights = _read_file(source)
+    else:
+        card, weights = _read_folder(source, weights_file or source / WEIGHTS_FILE)
     if card.objective is not None:
         parts = {name.partition(ENCODER_PREFIX)[2]: t for name, t in weights.items() if name.startswith(ENCODER_PREFIX)}
         weights = parts
