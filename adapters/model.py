@@ -104,7 +104,7 @@ class MultiTaskModel(TaskModel):
             self.peft = get_peft_model(encoder, peft_config(self.lora[first]), adapter_name=first)
             for task in others:
                 self.peft.add_adapter(task, peft_config(self.lora[task]))
-            self.heads = nn.ModuleDict({task: build_head(_width(encoder), outputs[task]) for task in self.tasks})
+            self.heads = nn.ModuleDict({task: build_head(encoder_width(encoder), outputs[task]) for task in self.tasks})
         self._layers = {name: m for name, m in self.peft.named_modules() if isinstance(m, BaseTunerLayer)}
         self._lock = RLock()
         self.peft.requires_grad_(requires_grad=False)
@@ -158,9 +158,11 @@ class MultiTaskModel(TaskModel):
         finally:
             self.encoder.blocks = blocks
 
-    def adapted_layers(self) -> dict[str, BaseTunerLayer]:
+    def adapted_layers(self) -> dict[str, nn.Module]:
         """Layers with adapters, by their path in the encoder."""
-        return {name.removeprefix("base_model.model."): layer for name, layer in self._layers.items()}
+        return {
+            name.removeprefix("base_model.model."): cast("nn.Module", layer) for name, layer in self._layers.items()
+        }
 
     def adapter_parameters(self, task: str) -> dict[str, nn.Parameter]:
         """What training changes of a task's adapter, by name."""
@@ -231,8 +233,15 @@ def _check_name(task: str, encoder: nn.Module, prefix: str) -> None:
     parts |= {part for name, _ in encoder.named_modules() for part in name.split(".")}
     parts |= {"base_model", "model", "base_layer", "default", "qkv"}
     parts |= {name for layer in BaseTunerLayer.__subclasses__() for name in layer.adapter_layer_names}
-    if task in parts or task in prefix or hasattr(nn.ModuleDict(), task):
+    if task in parts or task in prefix:
         raise ConfigError(f"task id {task!r}: a module has this name and PEFT would lose the adapter; choose another")
+    check_head_name(task)
+
+
+def check_head_name(task: str) -> None:
+    """Refuse names of torch's own: heads are the items of a ModuleDict."""
+    if hasattr(nn.ModuleDict(), task):
+        raise ConfigError(f"task id {task!r}: torch has an attribute of this name; choose another")
 
 
 def _check_kinds(specs: Mapping[str, LoraSpec]) -> None:
@@ -263,7 +272,8 @@ def _blocks(encoder: nn.Module) -> nn.ModuleList:
     return blocks
 
 
-def _width(encoder: nn.Module) -> int:
+def encoder_width(encoder: nn.Module) -> int:
+    """Width D of the vectors that an encoder gives."""
     width = encoder.width
     if not isinstance(width, int):
         raise ConfigError(f"encoder {type(encoder).__name__}: width {width!r} is not a number")
