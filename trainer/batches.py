@@ -18,6 +18,7 @@ from manifests.channels import KINDS
 from manifests.errors import ConfigError, ContractError
 from trainer.memory import float_rows, stored_rows
 from trainer.read import Tags, Window, read_rows
+from trainer.stored import StoredArray, read_stored
 from trainer.views import View, dequantise, find_view, scaling
 
 KIND_IDS = {kind: index for index, kind in enumerate(KINDS)}
@@ -266,10 +267,17 @@ def _read_chosen(
     """Chosen rows of the windows, one after the other, from `starts` on."""
     begin = 0
     for window, item, start in zip(windows, chosen, starts, strict=True):
+        stored: list[tuple[StoredArray, Sequence[int], np.ndarray]] = []
         for kind, rows in item.rows.items():
             end = begin + len(rows)
-            read_rows(window.arrays[kind], rows, out_RT[begin:end], start=start)
+            array = window.arrays[kind]
+            if isinstance(array, StoredArray):
+                stored.append((array, rows, out_RT[begin:end]))
+            else:
+                read_rows(array, rows, out_RT[begin:end], start=start)
             begin = end
+        if stored:
+            read_stored(stored, start=start)
 
 
 def _common_grid(windows: Sequence[Window], chosen: Sequence[_Chosen]) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,9 +32,11 @@ BLOCK_SAMPLES = 100_000
 BLOCK_SHARDS = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """Where one place of a batch is read: row `row` of stream `stream`, which is its `position` in `epoch`."""
+class Address(NamedTuple):
+    """Where one place of a batch is read: row `row` of stream `stream`, which is its `position` in `epoch`.
+
+    A named tuple, for one is made for every sample of a run: it takes a third of a frozen dataclass's time.
+    """
 
     stream: int
     position: int
@@ -108,6 +110,7 @@ class Order:
         block_samples: int | None = None,
     ) -> None:
         self.streams = tuple(streams)
+        self._sizes = tuple(map(len, self.streams))
         self.seed = seed
         self.global_batch = global_batch
         self._block_samples = block_samples
@@ -148,9 +151,8 @@ class Order:
 
     def address(self, stream: int, position: int) -> Address:
         """What stands at a position of a stream."""
-        epoch, place = divmod(position, len(self.streams[stream]))
-        row = int(self._epoch_rows(stream, epoch)[place])
-        return Address(stream=stream, position=position, epoch=epoch, row=row)
+        epoch, place = divmod(position, self._sizes[stream])
+        return Address(stream, position, epoch, self._epoch_rows(stream, epoch).item(place))
 
     def rows(self, stream: int, begin: int, count: int) -> np.ndarray:
         """Rows of a stream at positions from `begin` on, int64 (count,)."""
@@ -171,7 +173,7 @@ class Order:
             [np.arange(first, last) for first, last in zip(begin, end, strict=True)]
         )
         own = np.concatenate([np.arange(self.global_batch)[part] for part in places])
-        return [self.address(*item) for item in zip(stream[own].tolist(), position[own].tolist(), strict=True)]
+        return list(map(self.address, stream[own].tolist(), position[own].tolist()))
 
     def batches(
         self,

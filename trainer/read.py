@@ -10,14 +10,13 @@ order of all others stays the same.
 
 import logging
 import math
-import os
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,30 +24,20 @@ import numpy as np
 import orjson
 
 from manifests.errors import ContractError
-from manifests.shards import BLOCK, npy_layout, parse_member, parse_sample
 from trainer.data import Address, Order, Stream
 from trainer.memory import Buffers
+from trainer.stored import ArrayReadError, Layout, Shards, StoredArray, parse_layout, read_stored
 
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-MAX_OPEN_SHARDS = 128
-# The headers of a sample are read one by one where it is not read whole: five calls of the system cost as much as
+# The headers of a sample are read one by one where it is not read whole: six calls of the system cost as much as
 # 128 KiB from the page cache.
 WHOLE_BYTES = 128 << 10
-NPY_HEADER_BYTES = 128  # of every array that the engine writes (manifests/shards.py)
-HEADER_BYTES = BLOCK + NPY_HEADER_BYTES
 MAX_TAGS = 1024  # texts of tags whose parsed form is kept, about 40 KB each
+MAX_LAYOUTS = 1024  # one for each size of a sample in a shard, about 10 KB each
 UCS_MARK = b',"ucs":'
-
-
-class ArrayReadError(ContractError):
-    """The signal of an opened sample could not be read."""
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(reason)
-        self.key = key
 
 
 class Tags(dict[str, list[dict[str, Any]]]):
@@ -60,72 +49,6 @@ class Tags(dict[str, list[dict[str, Any]]]):
     def __init__(self, tags: dict[str, list[dict[str, Any]]]) -> None:
         super().__init__(tags)
         self.derived: dict[Any, Any] = {}
-
-
-class _File:
-    """A file descriptor that is closed when nobody holds it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _Shards:
-    """Open shards, the least recently used one let go beyond the limit."""
-
-    def __init__(self, locate: Callable[[Path], Path] | None) -> None:
-        self.num_bytes = 0
-        self._locate = locate
-        # A cache that evicts a shard wins its disk space only when the file is closed.
-        self._limit = MAX_OPEN_SHARDS if locate is None else MAX_OPEN_SHARDS // 8
-        self._open: OrderedDict[Path, _File] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, shard: Path, into: memoryview, offset: int) -> None:
-        """Fill `into` from a byte of the shard on.
-
-        Raises:
-            ContractError: The shard ends before.
-        """
-        path = shard if self._locate is None else self._locate(shard)
-        with self._lock:
-            file = self._open.pop(shard, None) or _File(path)
-            self._open[shard] = file
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-            self.num_bytes += len(into)
-        filled = 0
-        while filled < len(into):
-            count = os.preadv(file.descriptor, [into[filled:]], offset + filled)
-            if count == 0:
-                raise ContractError(f"the shard ends {len(into) - filled} bytes before the sample does")
-            filled += count
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredArray:
-    """An array of a sample that still lies in its shard: int16 of shape (C, T)."""
-
-    key: str
-    shape: tuple[int, int]
-    shards: _Shards
-    shard: Path
-    offset: int
-
-    def read(self, row: int, start: int, out_T: np.ndarray) -> None:
-        """Samples from `start` of `row` on, in the order of the shard: row after row."""
-        try:
-            into = memoryview(out_T).cast("B")  # pyright: ignore[reportArgumentType]  # a buffer from Python 3.12 on
-            self.shards.read(self.shard, into, self.offset + 2 * (row * self.shape[1] + start))
-        except (OSError, ContractError) as error:
-            raise ArrayReadError(self.key, str(error)) from error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,16 +77,12 @@ def read_rows(array: np.ndarray | StoredArray, rows: Sequence[int], out_CT: np.n
         ArrayReadError: The shard ends before, or cannot be read.
     """
     width = out_CT.shape[1]
-    if isinstance(array, np.ndarray):
-        if len(rows) == len(array):
-            out_CT[:] = array[:, start : start + width]
-        else:
-            np.take(array[:, start : start + width], rows, axis=0, out=out_CT, mode="clip")  # "raise" copies twice
-    elif len(rows) == array.shape[0] and width == array.shape[1]:
-        array.read(0, 0, out_CT.reshape(-1))
+    if isinstance(array, StoredArray):
+        read_stored([(array, rows, out_CT)], start=start)
+    elif len(rows) == len(array):
+        out_CT[:] = array[:, start : start + width]
     else:
-        for row, out_T in zip(rows, out_CT, strict=True):
-            array.read(row, start, out_T)
+        np.take(array[:, start : start + width], rows, axis=0, out=out_CT, mode="clip")  # "raise" copies twice
 
 
 class SnapshotReader:
@@ -188,7 +107,8 @@ class SnapshotReader:
         locate: Callable[[Path], Path] | None = None,
     ) -> None:
         self._streams = tuple(streams)
-        self._shards = _Shards(locate)
+        self._shards = Shards(locate)
+        self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._buffers = Buffers(limit=prefetch + num_threads + 1)
         self._num_threads = num_threads
         self._prefetch = prefetch
@@ -233,39 +153,49 @@ class SnapshotReader:
         self, addresses: Sequence[Address], order: Order, *, whole_bytes: float
     ) -> tuple[list[Window], list[Address]]:
         """Windows, samples of at most `whole_bytes` read whole, and the addresses that they come from."""
-        sizes = [int(self._streams[item.stream].num_bytes[item.row]) for item in addresses]
-        begins = np.cumsum([0, *(size if size <= whole_bytes else 0 for size in sizes)]).tolist()
+        places = [self._place(item) for item in addresses]
+        begins = [0, *accumulate(size if size <= whole_bytes else 0 for *_, size in places)]
         buffer = self._buffers.take(begins[-1])
         opened: dict[int, tuple[Window, Address]] = {}
         # Ascending offsets: the disk and the page cache read ahead.
-        for place in sorted(range(len(addresses)), key=lambda i: self._location(addresses[i])):
-            into = buffer[begins[place] : begins[place + 1]] if sizes[place] <= whole_bytes else None
-            wanted = addresses[place]
-            opened[place] = self._open_or_replace(wanted, wanted, into, order, whole_bytes=whole_bytes)
-        ordered = [opened[place] for place in range(len(addresses))]
+        for number in sorted(range(len(addresses)), key=places.__getitem__):
+            into = buffer[begins[number] : begins[number + 1]] if places[number][-1] <= whole_bytes else None
+            wanted = addresses[number]
+            opened[number] = self._open_or_replace(wanted, wanted, into, order, whole_bytes=whole_bytes)
+        ordered = [opened[number] for number in range(len(addresses))]
         return [window for window, _ in ordered], [source for _, source in ordered]
 
-    def _location(self, address: Address) -> tuple[int, int, int]:
-        stream = self._streams[address.stream]
-        return address.stream, int(stream.shard[address.row]), int(stream.offset[address.row])
+    def _place(self, address: Address) -> tuple[int, int, int, int]:
+        """Stream, shard, offset and size of a sample."""
+        stream, row = self._streams[address.stream], address.row
+        return address.stream, stream.shard.item(row), stream.offset.item(row), stream.num_bytes.item(row)
 
     def _open_or_replace(
         self, wanted: Address, source: Address, into: memoryview | None, order: Order, *, whole_bytes: float
     ) -> tuple[Window, Address]:
         """The sample at `source`, or the first after it that can be read, in the place of `wanted`."""
         while True:
-            size = int(self._streams[source.stream].num_bytes[source.row])
+            size = self._streams[source.stream].num_bytes.item(source.row)
             if size <= whole_bytes and into is None:
                 into = memoryview(bytearray(size))
             try:
                 key, meta, arrays = self._parse(source, into)
-                names = {"key": key, "corpus": meta["corpus"], "recording": meta["recording"]}
+                corpus, recording = meta["corpus"], meta["recording"]
             except (OSError, ContractError, ValueError, KeyError) as error:
                 self._report(source, error)
                 source, into = order.address(source.stream, source.position + 1), None
                 continue
             # The place in the order stays that of the sample which failed; only the content is another's.
-            return Window(position=wanted.position, epoch=wanted.epoch, meta=meta, arrays=arrays, **names), source
+            window = Window(
+                key=key,
+                position=wanted.position,
+                epoch=wanted.epoch,
+                corpus=corpus,
+                recording=recording,
+                meta=meta,
+                arrays=arrays,
+            )
+            return window, source
 
     def _report(self, address: Address, error: Exception) -> None:
         stream = self._streams[address.stream]
@@ -281,52 +211,34 @@ class SnapshotReader:
                 "run kymo verify on the snapshot"
             ) from error
 
-    def _parse(
-        self, address: Address, into: memoryview | None
-    ) -> tuple[str, dict[str, Any], dict[str, np.ndarray | StoredArray]]:
+    def _parse(self, address: Address, into: memoryview | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Key, JSON and arrays of a sample: read whole into `into`, or all but the signal if there is no `into`."""
-        stream = self._streams[address.stream]
-        shard, offset = stream.shards[stream.shard[address.row]], int(stream.offset[address.row])
-        arrays: dict[str, Any]
-        if into is None:
-            key, text, arrays = self._parse_headers(shard, offset, int(stream.num_bytes[address.row]))
-        else:
-            self._shards.read(shard, into, offset)
-            key, members = parse_sample(into)
-            text = bytes(members.pop("json", b""))
-            arrays = {name[:-4]: _in_memory(member) for name, member in members.items()}
-        if key != stream.keys[address.row]:
-            raise ContractError(f"sample {key!r} stands at its offset")
-        return key, parse_meta(text), arrays
+        number, shard_number, offset, size = self._place(address)
+        shard = self._streams[number].shards[shard_number]
+        key = self._streams[number].keys[address.row]
+        if into is not None:
+            self._shards.read(shard, [into], offset)
 
-    def _parse_headers(
-        self, shard: Path, offset: int, size: int
-    ) -> tuple[str, bytes, dict[str, np.ndarray | StoredArray]]:
-        """Key, text of the JSON and arrays of a sample whose signal stays in the shard."""
-        arrays: dict[str, np.ndarray | StoredArray] = {}
-        keys: set[str] = set()
-        text = b""
-        header = memoryview(bytearray(HEADER_BYTES))
-        position = 0
-        while position < size:
-            part = header[: min(HEADER_BYTES, size - position)]
-            self._shards.read(shard, part, offset + position)
-            key, extension, length = parse_member(part[:BLOCK])
-            keys.add(key)
-            position += BLOCK
-            if extension == "json":
-                content = bytearray(length)
-                self._shards.read(shard, memoryview(content), offset + position)
-                text = bytes(content)
-            else:
-                shape, begin = _layout(bytes(part[BLOCK:]))
-                arrays[extension[:-4]] = StoredArray(
-                    key=key, shape=shape, shards=self._shards, shard=shard, offset=offset + position + begin
-                )
-            position += length + (-length % BLOCK)
-        if len(keys) > 1:
-            raise ContractError(f"members of {' and '.join(sorted(keys))} in one sample; the index is wrong")
-        return keys.pop(), text, arrays
+        def content(begin: int, length: int) -> bytes:
+            if into is not None:
+                return bytes(into[begin : begin + length])
+            return self._shards.read_spans(shard, [(begin, length)], offset)
+
+        mark = number, shard_number, size
+        layout, text = self._layouts.get(mark), None
+        if layout is not None:
+            seen = into or self._shards.read_spans(shard, layout.headers, offset)
+            text = layout.text_of(key.encode(), seen, is_whole=into is not None)
+        if layout is None or text is None:
+            found, text, layout = parse_layout(content, size)
+            if found != key:
+                raise ContractError(f"sample {found!r} stands at its offset")
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[mark] = layout
+        if into is None:
+            return key, parse_meta(text), _in_shard(key, layout, shards=self._shards, shard=shard, offset=offset)
+        return key, parse_meta(text), _in_memory(layout, into)
 
     def stream(
         self,
@@ -391,20 +303,21 @@ def _load(array: np.ndarray | StoredArray) -> np.ndarray:
     return out_CT
 
 
-def _in_memory(member: memoryview) -> np.ndarray:
-    shape, begin = _layout(bytes(member[:NPY_HEADER_BYTES]))
-    array = np.frombuffer(member, dtype=np.int16, count=shape[0] * shape[1], offset=begin).reshape(shape)
-    array.flags.writeable = False  # a view of the batch's buffer
-    return array
+def _in_memory(layout: Layout, content: memoryview) -> dict[str, np.ndarray]:
+    """Arrays of a sample, read-only; they keep its memory."""
+    flat = np.frombuffer(content.toreadonly(), dtype=np.int16)
+    return {
+        kind: flat[begin // 2 : begin // 2 + shape[0] * shape[1]].reshape(shape)
+        for kind, (shape, begin) in layout.arrays.items()
+    }
 
 
-@lru_cache(maxsize=MAX_TAGS)
-def _layout(header: bytes) -> tuple[tuple[int, int], int]:
-    """Shape of an array, and the byte of its `.npy` member where its data begin."""
-    dtype, shape, begin = npy_layout(memoryview(header))
-    if dtype != np.int16 or len(shape) != 2:
-        raise ContractError(f"an array of {dtype} and shape {shape}; shards hold int16 of channels x samples")
-    return (shape[0], shape[1]), begin
+def _in_shard(key: str, layout: Layout, *, shards: Shards, shard: Path, offset: int) -> dict[str, StoredArray]:
+    """Arrays of a sample that begins at `offset`."""
+    return {
+        kind: StoredArray(key=key, shape=shape, shards=shards, shard=shard, offset=offset + begin)
+        for kind, (shape, begin) in layout.arrays.items()
+    }
 
 
 def parse_meta(text: bytes) -> dict[str, Any]:

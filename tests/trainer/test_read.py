@@ -219,7 +219,7 @@ def test_shards_are_read_from_where_they_are_located(tiny_snapshot: Path, tmp_pa
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.read.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("trainer.stored.MAX_OPEN_SHARDS", 2)
     write_tiny_snapshot(tmp_path / "many", num_shards=12)
     order = order_of(tmp_path / "many")
     reader = SnapshotReader(order.streams)
