@@ -1,7 +1,8 @@
 """Checkpoints of a run that learns tasks: trainable tensors, optimizer moments, best tensors so far.
 
-`step-N.safetensors` is written first and `step-N.json`, which holds its SHA-256, last; each beside its place and then
-renamed. Without a JSON that fits there is no checkpoint, so a kill at any moment leaves the one before.
+`step-N.safetensors` is written first and `step-N.json`, which holds the SHA-256 of both, last; each beside its place
+and then renamed. Without a JSON that fits there is no checkpoint, so a kill at any moment leaves the one before.
+Nothing in them depends on the number of ranks or on who splits the optimizer among them; the first rank does it all.
 """
 
 import hashlib
@@ -10,32 +11,51 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
 from adapters.model import TaskModel
-from manifests.config import write_atomically
+from adapters.update import MOMENTS, Moments
+from manifests.config import digest, write_atomically
 from manifests.errors import ConfigError, ContractError
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """What survives a restart beside the tensors. `best_score` is a mean of primary metrics on `val`."""
+    """What survives a restart beside the tensors.
+
+    Attributes:
+        step: Optimizer steps done. Every random draw is a function of it, so this is all of the data's state too.
+        best_step: Step with the highest score.
+        best_score: Mean of the tasks' primary metrics on `val` there.
+        skipped: Steps among them that changed nothing, for their gradient was not finite.
+    """
 
     step: int = 0
     best_step: int = 0
     best_score: float | None = None
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in memory: `weights` and `best` (empty before there is one) by parameter, `moments` as AdamW's."""
+
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    moments: Moments
 
 
 def copy_trainable(model: TaskModel) -> dict[str, torch.Tensor]:
-    """Copies of the trainable tensors by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+    """Copies of the trainable tensors on the host, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.trainable().items()}
 
 
 def put_trainable(model: TaskModel, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
@@ -48,58 +68,58 @@ def put_trainable(model: TaskModel, tensors: Mapping[str, torch.Tensor], *, wher
             parameter.copy_(tensors[name])
 
 
-def save_checkpoint(
-    run_dir: Path,
-    *,
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    best: Mapping[str, torch.Tensor],
-    progress: Progress,
-    fingerprint: str,
-) -> None:
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
     """Write a checkpoint and remove all but the newest two."""
-    tensors = {f"model/{name}": tensor for name, tensor in copy_trainable(model).items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    for name, parameter in model.trainable().items():
-        for moment in MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"optimizer/{moment}/{name}"] = optimizer.state[parameter][moment].detach().clone()
+    tensors = {f"model/{name}": tensor for name, tensor in checkpoint.weights.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in checkpoint.best.items()}
+    for name, state in checkpoint.moments.items():
+        tensors |= {f"optimizer/{moment}/{name}": state[moment] for moment in MOMENTS}
     content = save(tensors)
-    stem = folder(run_dir) / f"step-{progress.step:07d}"
+    stem = folder(run_dir) / f"step-{checkpoint.progress.step:07d}"
     write_atomically(stem.with_suffix(".safetensors"), content)
-    meta = {**asdict(progress), "fingerprint": fingerprint, "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomically(stem.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
+    meta = {**asdict(checkpoint.progress), "fingerprint": fingerprint}
+    write_atomically(stem.with_suffix(".json"), json.dumps({**meta, "sha256": _seal(meta, content)}, indent=2) + "\n")
     for old in sorted(folder(run_dir).glob("step-*.json"))[:-KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def resume(
-    run_dir: Path, *, model: TaskModel, optimizer: torch.optim.Optimizer, fingerprint: str
-) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """State of the newest checkpoint that verifies, put in place; a fresh state where there is none.
+def find_checkpoint(run_dir: Path, *, fingerprint: str) -> Checkpoint | None:
+    """The newest checkpoint that verifies.
 
     Raises:
-        ConfigError: The checkpoint belongs to another configuration, encoder or snapshot.
+        ConfigError: It belongs to another configuration, encoder or snapshot.
     """
     for path in sorted(folder(run_dir).glob("step-*.json"), reverse=True):
-        meta = json.loads(path.read_text())
         tensor_file = path.with_suffix(".safetensors")
         content = tensor_file.read_bytes() if tensor_file.exists() else b""
-        if hashlib.sha256(content).hexdigest() != meta.pop("sha256"):
-            logger.warning("%s: its tensors are damaged or missing; the checkpoint before is taken", path)
+        meta = _read_meta(path)
+        if meta.pop("sha256", None) != _seal(meta, content):
+            logger.warning("%s: it is damaged, or its tensors are; the checkpoint before is taken", path)
             continue
         check_fingerprint(path, meta.pop("fingerprint"), fingerprint)
         sections = _sections(load(content))
-        put_trainable(model, sections["model"], where=str(tensor_file))
-        for name, parameter in model.trainable().items():
-            state = {m: sections[f"optimizer/{m}"][name] for m in MOMENTS}
-            # AdamW counts its steps on the CPU, wherever the moments lie.
-            optimizer.state[parameter] = {m: x if m == "step" else x.to(parameter.device) for m, x in state.items()}
-        progress = Progress(**meta)
-        logger.info("%s: continuing after step %d", run_dir, progress.step)
-        return progress, sections.get("best", {})
-    return Progress(), {}
+        moments: Moments = {}
+        for moment in MOMENTS:
+            for name, tensor in sections.get(f"optimizer/{moment}", {}).items():
+                moments.setdefault(name, {})[moment] = tensor
+        return Checkpoint(
+            progress=Progress(**meta), weights=sections["model"], best=sections.get("best", {}), moments=moments
+        )
+    return None
+
+
+def _seal(meta: Mapping[str, Any], content: bytes) -> str:
+    """SHA-256 (hex) of both files of a checkpoint."""
+    return digest([dict(meta), hashlib.sha256(content).hexdigest()])
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def check_fingerprint(path: Path, found: str, expected: str) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 from adapters.config import FinetuneConfig, TaskRun
 from adapters.data import TaskData, load_task_data
 from adapters.model import TaskModel, build_head
-from adapters.train import Report, load_data, train_tasks
+from adapters.train import Report, find_device, load_data, train_tasks
+from adapters.update import Update
 from manifests.errors import ConfigError
 from trainer.batches import ChannelBatch
 from trainer.export import load_encoder
@@ -61,32 +62,33 @@ class FinetuneResult:
     seconds: float
 
 
-def finetune(config: FinetuneConfig, *, report: Report | None = None) -> FinetuneResult:
+def finetune(config: FinetuneConfig, *, report: Report | None = None, update: type[Update] = Update) -> FinetuneResult:
     """A whole model trained on the tasks of a run or, if the run is finished already, read back.
 
     The same command continues an interrupted run from its newest checkpoint, bit for bit on a CPU.
 
     Args:
         config: The run.
-        report: Called with every row that goes to `metrics.jsonl`.
+        report: Called on the first rank with every row that goes to `metrics.jsonl`.
+        update: What makes new weights of losses: `adapters.zero.ZeroUpdate` for `zero_stage` 1 and 2.
 
     Raises:
         ConfigError: The encoder is not univariate, a task has no training windows, its windows share no channels, or
-            the run folder is that of another configuration.
+            the run folder is that of another configuration or in use.
+        KeyboardInterrupt: Somebody asked for a stop; the step in progress was finished and saved.
     """
     torch.set_num_threads(config.threads)
+    device = find_device(config)
     data = load_data(config)
     if config.channels == "intersection":
         data = {item.task.id: _narrowed(item, run) for item, run in zip(data.values(), config.tasks, strict=True)}
     outputs = {name: len(item.task.labels) for name, item in data.items()}
     model = FinetuneModel(_encoder(config), outputs, config=config.model, seed=config.seed)
-    has_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    model.to("cuda" if has_gpu else "cpu")
-    result = train_tasks(config, model, data, report=report)
+    result = train_tasks(config, model.to(device), data, report=report, update=update)
     return FinetuneResult(
         config=config,
         run_dir=Path(config.run_dir),
-        model=model.eval(),
+        model=model.cpu().eval(),
         channels={name: item.task.channels for name, item in data.items()},
         data=result["data"],
         scores=result["scores"],

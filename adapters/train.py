@@ -1,56 +1,65 @@
-"""The training of several tasks on one frozen encoder.
+"""The training of several tasks on one frozen encoder, in one process or several.
 
-Plain torch in one process: what is trained is a fraction of a megabyte, so there is nothing for ZeRO to split, and
-with DeepSpeed a task that is absent from a step would be updated by stale gradients. Every step takes every task in
-the same order: forward and backward of one, then of the next, then one optimizer step. That is exact for any shapes,
-and needs the memory of one task.
+Every step takes every task, in the same order on every rank: forward and backward of one, then of the next, then one
+optimizer step. That is exact for any shapes, and needs the memory of one task. What a step does is a pure function of
+(configuration, seed, step), so that a run goes on from a checkpoint as if nothing had happened: bit for bit on a CPU
+with equal ranks and threads, and with the same windows, channel dropout and rates at any number of ranks. Dropout
+inside the model is drawn per rank: it differs between one rank and two, and sums are taken in another order.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch.nn import functional
 
-from adapters.augment import drop_channels
 from adapters.checkpoint import (
+    Checkpoint,
     Progress,
     check_fingerprint,
     copy_trainable,
+    find_checkpoint,
     put_trainable,
-    resume,
     save_checkpoint,
 )
-from adapters.config import AdaptConfig, FinetuneConfig, TaskTraining
+from adapters.config import AdaptConfig, TaskTraining
 from adapters.data import TaskData, describe_data, load_task_data
-from adapters.evaluate import collate_task, evaluate, mean_primary, targets_of
+from adapters.evaluate import evaluate, mean_primary
 from adapters.model import MultiTaskModel, TaskModel
+from adapters.rows import Rows
+from adapters.running import FREE_KEYS, Running
+from adapters.sampling import Share, shares
+from adapters.stream import labelled_batches
+from adapters.update import LabelledBatch, RunConfig, Update, loss_weight, summed_loss
 from manifests.config import digest, start_run, write_atomically
 from manifests.errors import ConfigError
 from manifests.tasks import Task, load_task
-from trainer.batches import ChannelBatch, generator, stable_hash
-from trainer.data import Order
+from trainer.batches import stable_hash
+from trainer.cache import open_cache
+from trainer.collectives import explained_timeouts, rank, sum_over_ranks
 from trainer.export import load_encoder, read_card
-from trainer.read import SnapshotReader, Window
+from trainer.lock import hold
+from trainer.paths import LOCK_FILE
+from trainer.process_group import from_rank_0, is_launched, join_group
+from trainer.samples import SnapshotSource
+from trainer.stopper import Stopper
 
 logger = logging.getLogger(__name__)
 
-RunConfig = AdaptConfig | FinetuneConfig
 Report = Callable[[dict[str, Any]], None]
-LabelledBatch = tuple[Task, ChannelBatch, torch.Tensor]
 RESULT_FILE = "result.json"
 TRAINED_FILE = "trained.safetensors"
-FINAL_RATE = 0.05  # share of the peak learning rate at the last step
 # Keys of a configuration that do not decide the trained numbers, or that the fingerprint holds in another form.
-INCIDENTAL = {"run_dir", "encoder", "tasks", "log_every", "checkpoint_every", "threads", "card", "device"}
+INCIDENTAL = {"run_dir", "encoder", "tasks", "checkpoint_every", "card"} | FREE_KEYS
+MAX_SKIPPED = 10  # steps without a finite gradient
+LOCK_PATIENCE_S = 30.0  # whoever starts ranks again may still be ending the earlier ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,19 +79,24 @@ class AdaptResult:
     seconds: float
 
 
-def adapt(config: AdaptConfig, *, report: Report | None = None) -> AdaptResult:
+def adapt(config: AdaptConfig, *, report: Report | None = None, update: type[Update] = Update) -> AdaptResult:
     """Adapters and heads of all tasks of a run, trained or, if the run is finished already, read back.
 
-    The same command continues an interrupted run from its newest checkpoint, bit for bit.
+    The same command continues an interrupted run from its newest sound checkpoint. Under torchrun or Ray Train every
+    rank calls it with the same configuration.
 
     Args:
         config: The run.
-        report: Called with every row that goes to `metrics.jsonl`.
+        report: Called on the first rank with every row that goes to `metrics.jsonl`.
+        update: What makes new weights of losses: `adapters.zero.ZeroUpdate` for `zero_stage` 1 and 2.
 
     Raises:
-        ConfigError: A task without training windows, or a run folder of another configuration.
+        ConfigError: A task without training windows, or a run folder of another configuration or in use.
+        KeyboardInterrupt: SIGINT, SIGTERM or the file `STOP` in the run folder asked for a stop; the step in progress
+            was finished and saved.
     """
     torch.set_num_threads(config.threads)
+    device = find_device(config)
     data = load_data(config)
     model = MultiTaskModel(
         load_encoder(Path(config.encoder)),
@@ -90,11 +104,11 @@ def adapt(config: AdaptConfig, *, report: Report | None = None) -> AdaptResult:
         lora=config.lora,
         seed=config.seed,
     )
-    result = train_tasks(config, model, data, report=report)
+    result = train_tasks(config, model.to(device), data, report=report, update=update)
     return AdaptResult(
         config=config,
         run_dir=Path(config.run_dir),
-        model=model.eval(),
+        model=model.cpu().eval(),
         tasks={name: item.task for name, item in data.items()},
         data=result["data"],
         scores=result["scores"],
@@ -103,23 +117,51 @@ def adapt(config: AdaptConfig, *, report: Report | None = None) -> AdaptResult:
     )
 
 
+def find_device(config: Running) -> torch.device:
+    """Device of this process, which joins its process group first if it is a rank of one.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none, or ZeRO is asked to leave one alone.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("device: cuda, and torch finds no GPU on this machine; set device to auto or cpu")
+    if config.device == "cpu" and has_gpu and config.zero_stage:
+        raise ConfigError(
+            f"device: cpu with zero_stage {config.zero_stage}: DeepSpeed takes a GPU where there is one; hide it with "
+            "CUDA_VISIBLE_DEVICES= or set zero_stage to 0"
+        )
+    is_gpu = has_gpu and config.device != "cpu"
+    if is_launched():
+        join_group("nccl" if is_gpu else "gloo", timeout_s=config.collective_timeout_s)
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+
+
 def train_tasks(
-    config: RunConfig, model: TaskModel, data: dict[str, TaskData], *, report: Report | None
+    config: RunConfig,
+    model: TaskModel,
+    data: dict[str, TaskData],
+    *,
+    report: Report | None,
+    update: type[Update] = Update,
 ) -> dict[str, Any]:
     """The content of `result.json`: the model trained and scored or, if the run is finished already, read back."""
     began = time.monotonic()
     run_dir = Path(config.run_dir)
     fingerprint = _fingerprint(config, data)
-    finished = run_dir / RESULT_FILE
-    if finished.exists():
-        result = json.loads(finished.read_text())
-        check_fingerprint(finished, result["fingerprint"], fingerprint)
-        put_trainable(model, load((run_dir / TRAINED_FILE).read_bytes()), where=str(run_dir / TRAINED_FILE))
-        logger.info("%s: finished before; nothing to do", run_dir)
-        return result
-    start_run(run_dir, config)
-    kept_step = _train(config, model, data, fingerprint=fingerprint, report=report)
-    return _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
+    with explained_timeouts(config.collective_timeout_s):
+        found = from_rank_0(lambda: _read_result(run_dir, fingerprint))
+        if found is None:
+            with _held(run_dir):
+                # It may have been finished by whoever held the folder until now.
+                found = from_rank_0(lambda: _read_result(run_dir, fingerprint))
+                if found is None:
+                    kept_step = _train(config, model, data, fingerprint=fingerprint, report=report, update=update)
+                    return _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
+    result, tensors = found
+    put_trainable(model, tensors, where=str(run_dir / TRAINED_FILE))
+    logger.info("%s: finished before; nothing to do", run_dir)
+    return result
 
 
 def load_data(config: TaskTraining) -> dict[str, TaskData]:
@@ -142,36 +184,87 @@ def _fingerprint(config: RunConfig, data: dict[str, TaskData]) -> str:
     return digest([config.model_dump(mode="json", exclude=INCIDENTAL), read_card(config.encoder).sha256, tasks])
 
 
+def _read_result(run_dir: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """Result and trained tensors of a finished run."""
+    path = run_dir / RESULT_FILE
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    check_fingerprint(path, result["fingerprint"], fingerprint)
+    return result, load((run_dir / TRAINED_FILE).read_bytes())
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """The run folder, for this run alone; the lock is the first rank's."""
+    patience_s = LOCK_PATIENCE_S if is_launched() else 1.0
+    with ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(hold(run_dir / LOCK_FILE, patience_s=patience_s))
+
+        from_rank_0(take)
+        yield
+
+
+def share_out(config: TaskTraining, data: Mapping[str, TaskData]) -> dict[str, Share]:
+    """Each task's part of every step of a run."""
+    return shares(
+        {name: item.task for name, item in data.items()},
+        windows={name: len(item.splits["train"]) for name, item in data.items()},
+        batches={name: item.batch for name, item in data.items()},
+        sampling=config.sampling,
+    )
+
+
 def _train(
-    config: RunConfig, model: TaskModel, data: dict[str, TaskData], *, fingerprint: str, report: Report | None
+    config: RunConfig,
+    model: TaskModel,
+    data: dict[str, TaskData],
+    *,
+    fingerprint: str,
+    report: Report | None,
+    update: type[Update],
 ) -> int:
     """Train to the last step, put the kept weights in place and return their step."""
     run_dir = Path(config.run_dir)
-    optimizer = build_optimizer(config, model)
-    progress, best = resume(run_dir, model=model, optimizer=optimizer, fingerprint=fingerprint)
-    rows = _Rows(run_dir / "metrics.jsonl", after=progress.step, report=report)
-    began, begin_step = time.monotonic(), progress.step
+    # Before the header is written: the folder may be another run's.
+    saved = from_rank_0(lambda: find_checkpoint(run_dir, fingerprint=fingerprint))
+    from_rank_0(lambda: start_run(run_dir, config))
+    parts = share_out(config, data)
+    updater = update(config, model, num_tasks=len(data))
+    progress, best = _resume(saved, model, updater)
+    rows = Rows(run_dir, after=progress.step, report=report, is_active=rank() == 0)
     with ExitStack() as stack:
+        stopper = stack.enter_context(Stopper(run_dir))
+        cache = open_cache(config.cache, [SnapshotSource(path=path) for run in config.tasks for path in run.snapshots])
+        if cache is not None:
+            stack.callback(cache.close)
         batches = {
-            name: stack.enter_context(closing(labelled_batches(item, seed=config.seed, start=progress.step)))
+            name: stack.enter_context(
+                closing(labelled_batches(item, parts[name], seed=config.seed, start=progress.step, cache=cache))
+            )
             for name, item in data.items()
         }
         while progress.step < config.steps:
-            losses = train_step(config, model, optimizer, batches, step=progress.step)
+            losses, norm = train_step(config, updater, batches, parts, step=progress.step)
             progress.step += 1
-            if progress.step % config.log_every == 0 or progress.step == config.steps:
-                left = (config.steps - progress.step) * (time.monotonic() - began) / (progress.step - begin_step)
-                rows.write({"step": progress.step, "split": "train", "loss": losses})
-                text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-                logger.info("adapt %d/%d: loss %s; %.0f s left", progress.step, config.steps, text, left)
+            _note_skipped(progress, norm)
+            is_last = progress.step == config.steps
+            rows.count(sum(part.batch for part in parts.values()))
+            if progress.step % config.log_every == 0 or is_last:
+                _log(rows, progress, steps=config.steps, losses=losses, norm=norm, parts=parts)
             if progress.step % config.eval_every == 0:
-                scores = evaluate(model, data, split="val", limit=config.eval_windows)
+                with rows.paused():
+                    scores = evaluate(model, data, split="val", limit=config.eval_windows)
                 rows.write({"step": progress.step, "split": "val", "scores": _values(scores)})
                 best = _keep_better(model, best, progress, mean_primary(scores, data))
-            if progress.step % config.checkpoint_every == 0:
-                save_checkpoint(
-                    run_dir, model=model, optimizer=optimizer, best=best, progress=progress, fingerprint=fingerprint
-                )
+            is_asked, _ = stopper.poll()
+            if progress.step % config.checkpoint_every == 0 or is_last or is_asked:
+                _save(run_dir, model, updater, progress=progress, best=best, fingerprint=fingerprint)
+            if is_asked and not is_last:
+                logger.warning("stopped after step %d; the same command goes on from here", progress.step)
+                raise KeyboardInterrupt
     if config.keep == "best" and best:
         put_trainable(model, best, where="best weights")
         return progress.best_step
@@ -180,76 +273,103 @@ def _train(
 
 def train_step(
     config: RunConfig,
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
+    update: Update,
     batches: Mapping[str, Iterator[LabelledBatch]],
+    parts: Mapping[str, Share],
     *,
     step: int,
-) -> dict[str, float]:
-    """Loss per task of one optimizer step over all tasks."""
+) -> tuple[dict[str, torch.Tensor], float]:
+    """One optimizer step over all tasks: this rank's part of each task's loss, and the gradient's norm before clipping.
+
+    The losses of all ranks add up to the mean over a task's windows, before it is weighted.
+    """
+    model = update.model
     model.train()
-    factor = rate_factor(step, steps=config.steps, warmup=math.ceil(config.optimizer.warmup_share * config.steps))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    optimizer.zero_grad(set_to_none=True)
-    losses: dict[str, float] = {}
-    for name, stream in batches.items():
-        task, batch, target = next(stream)
-        torch.manual_seed(stable_hash(config.seed, step, name))  # dropout; a resumed run draws the same
-        loss = task_loss(task, model(name, batch.to(model.device)), target.to(model.device))
-        loss.backward()
-        losses[name] = float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.optimizer.clip_norm)
-    optimizer.step()
-    return losses
+    update.begin(step)
+    taken = {name: next(stream) for name, stream in batches.items()}
+    counts = [loss_weight(item.task, item.target) if item.is_counted else 0.0 for item in taken.values()]
+    totals = sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=model.device)).tolist()
+    losses: dict[str, torch.Tensor] = {}
+    for (name, item), total in zip(taken.items(), totals, strict=True):
+        torch.manual_seed(_step_seed(config.seed, step, name))
+        logits_BK = update.forward(name, item.batch.to(model.device))
+        loss = summed_loss(item.task, logits_BK, item.target.to(model.device)) * (float(item.is_counted) / total)
+        update.backward(loss * parts[name].weight)
+        losses[name] = loss.detach()
+    return losses, update.finish()
 
 
-def build_optimizer(config: RunConfig, model: TaskModel) -> torch.optim.Optimizer:
-    """AdamW with a learning rate per group of parameters; no decay on LoRA."""
-    groups: dict[str, list[torch.nn.Parameter]] = {}
-    for name, parameter in model.trainable().items():
-        groups.setdefault(model.group(name), []).append(parameter)
-    decay = config.optimizer.weight_decay
-    return torch.optim.AdamW(
-        [
-            {"params": groups[name], "lr": rate, "peak_lr": rate, "weight_decay": 0.0 if name == "lora" else decay}
-            for name, rate in config.optimizer.rates().items()
-        ]
-    )
+def _step_seed(seed: int, step: int, name: str) -> int:
+    """Seed of dropout, the same for a resumed run. Each rank has its own, lest their windows lose the same units."""
+    return stable_hash(seed, step, name) if rank() == 0 else stable_hash(seed, step, name, rank())
 
 
-def rate_factor(step: int, *, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `FINAL_RATE`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+def _resume(saved: Checkpoint | None, model: TaskModel, update: Update) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Progress and best weights of a checkpoint, weights and moments put in place; a fresh state without one."""
+    if saved is None:
+        return Progress(), {}
+    put_trainable(model, saved.weights, where=f"checkpoint of step {saved.progress.step}")
+    update.restore(saved.moments)
+    logger.info("going on after step %d", saved.progress.step)
+    return replace(saved.progress), saved.best
 
 
-def task_loss(task: Task, logits_BK: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Scalar loss; the target is class indices (B,) under cross_entropy, 0/1 (B, K) under bce."""
-    weight = None
-    if task.class_weights is not None:
-        weight = torch.tensor([task.class_weights[label] for label in task.labels], device=logits_BK.device)
-    if task.loss == "cross_entropy":
-        return functional.cross_entropy(logits_BK, target, weight=weight)
-    return functional.binary_cross_entropy_with_logits(logits_BK, target, weight=weight)
+def _save(
+    run_dir: Path,
+    model: TaskModel,
+    update: Update,
+    *,
+    progress: Progress,
+    best: dict[str, torch.Tensor],
+    fingerprint: str,
+) -> None:
+    """Write a checkpoint. A collective."""
+    moments = update.moments()
+
+    def write() -> None:
+        checkpoint = Checkpoint(progress=progress, weights=copy_trainable(model), best=best, moments=moments)
+        save_checkpoint(run_dir, checkpoint, fingerprint=fingerprint)
+
+    from_rank_0(write)
 
 
-def labelled_batches(data: TaskData, *, seed: int, start: int) -> Generator[LabelledBatch, None, None]:
-    """Endless training batches from step `start` on; a pure function of snapshots, seed and step."""
-    train = data.splits["train"]
-    order = Order(train.streams, seed=stable_hash(seed, data.task.id), global_batch=data.batch)
-    reader = SnapshotReader(train.streams, num_threads=1)
+def _note_skipped(progress: Progress, norm: float) -> None:
+    """Count a step that changed nothing, for its gradient was not finite.
 
-    def work(step: int, windows: list[Window]) -> LabelledBatch:
-        batch = collate_task(data.task, windows)
-        if data.task.channel_dropout:
-            batch = drop_channels(data.task, batch, generator(seed, "channels", data.task.id, step))
-        return data.task, batch, targets_of(data.task, train, windows)
+    Raises:
+        ConfigError: There were too many.
+    """
+    if math.isfinite(norm):
+        return
+    progress.skipped += 1
+    logger.warning("step %d: the gradient is %s; the step is not taken", progress.step, norm)
+    if progress.skipped > MAX_SKIPPED:
+        raise ConfigError(
+            f"step {progress.step}: the gradient is {norm}, and {MAX_SKIPPED} such steps are allowed; look at the loss "
+            "of each task in metrics.jsonl, lower the learning rates and start in another run_dir"
+        )
 
-    with closing(reader):
-        yield from reader.stream(order, work, start_batch=start)
+
+def _log(
+    rows: Rows,
+    progress: Progress,
+    *,
+    steps: int,
+    losses: Mapping[str, torch.Tensor],
+    norm: float,
+    parts: Mapping[str, Share],
+) -> None:
+    """Write a training row, with each task's mean loss over all ranks. A collective."""
+    means = sum_over_ranks(torch.stack(list(losses.values()))).tolist()
+    row = {
+        "step": progress.step,
+        "split": "train",
+        "loss": dict(zip(losses, means, strict=True)),
+        "grad_norm": norm,
+        "epochs": {name: round(progress.step * part.batch / part.epoch, 4) for name, part in parts.items()},
+        "skipped": progress.skipped,
+    }
+    rows.write_timed(row, steps=steps)
 
 
 def _keep_better(
@@ -279,31 +399,17 @@ def _finish(
         "scores": {name: {split: by_split[split].get(name) for split in by_split} for name in data},
         "data": {name: describe_data(item) for name, item in data.items()},
     }
-    run_dir = Path(config.run_dir)
-    write_atomically(run_dir / TRAINED_FILE, save(copy_trainable(model)))
-    write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-    return result
+
+    def write() -> dict[str, Any]:
+        run_dir = Path(config.run_dir)
+        write_atomically(run_dir / TRAINED_FILE, save(copy_trainable(model)))
+        write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        return result
+
+    return from_rank_0(write)
 
 
 def _values(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     return {
         name: {metric: entry["value"] for metric, entry in item["metrics"].items()} for name, item in scores.items()
     }
-
-
-class _Rows:
-    """Rows of metrics.jsonl; those of steps that a resumed run repeats are dropped first."""
-
-    def __init__(self, path: Path, *, after: int, report: Report | None) -> None:
-        self._path = path
-        self._report = report
-        # A line without its end was cut off by a kill.
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        write_atomically(path, "".join(kept))
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._report is not None:
-            self._report(row)

@@ -20,9 +20,13 @@ def batch(num_windows: int = 200) -> ChannelBatch:
     )
 
 
+def per_window(seed: int, num_windows: int = 200) -> list[np.random.Generator]:
+    return [generator(seed, window) for window in range(num_windows)]
+
+
 def test_needed_channels_stay_and_every_number_occurs():
     task = load_task("sleep_staging").model_copy(update={"channel_dropout": 1.0})
-    dropped = drop_channels(task, batch(), generator(0, "a"))
+    dropped = drop_channels(task, batch(), per_window(0))
     counts = dropped.mask_BC.sum(dim=1)
     assert dropped.mask_BC[:, :2].any(dim=1).all()  # one eeg at least
     assert set(counts.tolist()) == {1, 2, 3, 4}
@@ -32,9 +36,16 @@ def test_needed_channels_stay_and_every_number_occurs():
 
 def test_share_of_windows_and_repeatability():
     task = load_task("sleep_staging").model_copy(update={"channel_dropout": 0.5})
-    first, again = (drop_channels(task, batch(), generator(0, "a")) for _ in range(2))
+    first, again = (drop_channels(task, batch(), per_window(0)) for _ in range(2))
     assert torch.equal(first.mask_BC, again.mask_BC)
     untouched = (first.mask_BC.sum(dim=1)[1:] == 4).float().mean()
     assert 0.5 < untouched < 0.75  # half, and a quarter of the other half keeps all four
-    other = drop_channels(task, batch(), generator(1, "a"))
+    other = drop_channels(task, batch(), per_window(1))
     assert not np.array_equal(first.mask_BC, other.mask_BC)
+
+
+def test_a_window_loses_the_same_channels_in_any_part_of_a_batch():
+    task = load_task("sleep_staging").model_copy(update={"channel_dropout": 0.5})
+    whole = drop_channels(task, batch(), per_window(0)).mask_BC
+    part = drop_channels(task, batch(120), per_window(0)[:120]).mask_BC
+    assert torch.equal(whole[:120], part)

@@ -20,7 +20,10 @@ from adapters.config import FinetuneConfig
 from adapters.data import TaskData
 from adapters.evaluate import evaluate
 from adapters.finetune import FinetuneModel, finetune
-from adapters.train import build_optimizer, load_data, task_loss, train_tasks
+from adapters.rows import CLOCK
+from adapters.stream import labelled_batches
+from adapters.train import load_data, share_out, train_tasks
+from adapters.update import build_optimizer, task_loss
 from engine.config import ConvertConfig
 from engine.convert import convert_all
 from manifests.errors import ConfigError
@@ -63,7 +66,9 @@ def make_finetune(
 
 
 def rows(run_dir: str | Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """Rows without what a clock tells."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
 
 
 def test_encoder_and_head_move_at_their_own_rates(make_finetune, univariate_dir):
@@ -86,9 +91,10 @@ def test_gradient_reaches_encoder_and_head(make_finetune, univariate_dir, graph)
     config = make_finetune()
     (item,) = load_data(config).values()
     model = FinetuneModel(load_encoder(univariate_dir), {"t": 5}, config=ArtGatConfig(graph=graph), seed=0).train()
-    with closing(train.labelled_batches(item, seed=0, start=0)) as batches:
-        task, batch, target = next(batches)
-    task_loss(task, model("t", batch), target).backward()
+    (share,) = share_out(config, {item.task.id: item}).values()
+    with closing(labelled_batches(item, share, seed=0, start=0)) as batches:
+        first = next(batches)
+    task_loss(first.task, model("t", first.batch), first.target).backward()
     optimizer = build_optimizer(config, model)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == [5e-6, 1e-4]
