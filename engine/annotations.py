@@ -22,6 +22,8 @@ from manifests.subjects import path_groups
 
 logger = logging.getLogger(__name__)
 
+_AT_START = Fraction(0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
@@ -69,11 +71,14 @@ class Labels:
         best = max(shares, key=lambda text: shares[text], default="?")
         return best if shares and 2 * shares[best] >= epoch_s else "?"
 
-    def events_in(self, start: Fraction, window_s: int) -> tuple[list[tuple[Fraction, Fraction, str]], list[str]]:
+    def events_in(
+        self, start: Fraction, window_s: int, anchor_s: Fraction = _AT_START
+    ) -> tuple[list[tuple[Fraction, Fraction, str]], list[str]]:
         """Events of a window as (onset from its start, duration, text) in seconds, cut at its edges.
 
-        The second item has the texts of the events that cover the window's start.
+        The second item has the texts of the events that cover the window's anchor, `anchor_s` behind its start.
         """
+        anchor = start + anchor_s
         found = self._overlapping("events", start, start + window_s)
         inside = [
             (
@@ -83,7 +88,7 @@ class Labels:
             )
             for event in found
         ]
-        covering = [event.text for event in found if event.onset <= start < event.onset + event.duration]
+        covering = [event.text for event in found if event.onset <= anchor < event.onset + event.duration]
         return inside, covering
 
     def _overlapping(self, name: Literal["stages", "events"], start: Fraction, stop: Fraction) -> list[Annotation]:
@@ -117,12 +122,13 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
         raw = _raw(recording, corpus, rule)
         if raw is None:
             missing.append(rule.source)
+            by_target[rule.target] += _uncovered((), recording, rule)
             continue
         siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
         if siblings[0] is rule:
             unmapped.update(a.text for a in raw if not any(other.lists(a.text) for other in siblings))
         found = _mapped(raw, rule, end=_end(recording))
-        by_target[rule.target] += found
+        by_target[rule.target] += [*found, *_uncovered(found, recording, rule)]
         if rule.target == "stage" and rule.source != "none":
             scoring = score(found, recording.segments, rule.epoch_s, path=recording.path)
     if unmapped:
@@ -188,6 +194,24 @@ def _mapped(raw: Sequence[Annotation], rule: AnnotationRule, *, end: Fraction) -
         label if label.duration else replace(label, duration=max(stop - label.onset, Fraction(0)))
         for label, stop in zip(found, stops, strict=True)
     ]
+
+
+def _uncovered(found: Sequence[Annotation], recording: Recording, rule: AnnotationRule) -> list[Annotation]:
+    """Recorded time without an event under the label that the rule gives it, one interval per gap of a segment."""
+    if rule.otherwise is None:
+        return []
+    gaps: list[Annotation] = []
+    for segment in recording.segments:
+        free, end = segment.start, segment.start + segment.duration
+        for event in [
+            *sorted(found, key=lambda event: event.onset),
+            Annotation(onset=end, duration=Fraction(0), text=""),
+        ]:
+            stop = min(event.onset, end)
+            if stop > free:
+                gaps.append(Annotation(onset=free, duration=stop - free, text=rule.otherwise))
+            free = max(free, event.onset + event.duration)
+    return gaps
 
 
 def _same_file(one: AnnotationRule, other: AnnotationRule) -> bool:

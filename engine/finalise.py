@@ -145,7 +145,10 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
     snapshot = Snapshot(
         format_version=FORMAT_VERSION,
         shards=[shard for commit in commits for shard in commit.shards],
-        corpora={corpus.id: _corpus_entry(corpus, commits) for corpus, _ in load_sources(config.sources)},
+        corpora={
+            corpus.id: {**_corpus_entry(corpus, commits), "split_name": corpus.split_name(source.split)}
+            for (corpus, _), source in zip(load_sources(config.sources), config.sources, strict=True)
+        },
         recipe=recipe,
         recipe_digest=digest(recipe),
         ucs_version=UCS_VERSION,

@@ -74,6 +74,35 @@ def _places(recording: Recording, recipe: Recipe, losses: Losses) -> list[_Place
     return places
 
 
+def _event_places(recording: Recording, recipe: Recipe, losses: Losses, *, labels: Labels) -> list[_Place]:
+    """One window per event of some length, moved back to a whole sample; events at one instant share one window."""
+    rate = _highest_rate(recipe)
+    starts = {
+        Fraction(math.floor((event.onset + _anchor_of(event.duration, recipe) - recipe.anchor_s) * rate)) / rate
+        for event in labels.events
+        if event.duration
+    }
+    places: list[_Place] = []
+    for start in sorted(starts):
+        for number, segment in enumerate(recording.segments):
+            if segment.start <= start and start + recipe.window_s <= segment.start + segment.duration:
+                places.append(_Place(start=start, segment=number, within=start - segment.start))
+                break
+        else:
+            losses.dropped["partial"] += 1
+    return places
+
+
+def _anchor_of(duration: Fraction, recipe: Recipe) -> Fraction:
+    """Seconds from an event's onset to the point that a window's anchor stands on."""
+    return duration / 2 if recipe.anchor == "centre" else Fraction(0)
+
+
+def count_windows(recording: Recording, recipe: Recipe) -> int:
+    """Windows that a recording has room for, before any is left out."""
+    return len(_places(recording, recipe, Losses()))
+
+
 def _index(seconds: Fraction, rate: Fraction, *, down: bool) -> int:
     """Sample at a time, rounded down or to the nearest; integers, since a product of fractions costs far more."""
     whole, rest = divmod(seconds.numerator * rate.numerator, seconds.denominator * rate.denominator)
@@ -94,7 +123,8 @@ class _Kind:
     def cut(self, place: _Place) -> "_Cut":
         """The channels within one window."""
         # Where a window is no whole number of samples, rounding up could lead one sample past the segment's end.
-        offset = _index(place.within, self._rows[0].rate, down=self._recipe.is_native)
+        is_odd = self._recipe.is_native or self._recipe.place == "events"
+        offset = _index(place.within, self._rows[0].rate, down=is_odd)
         array = np.empty((len(self._rows), self._length), dtype=np.int16)
         for number, row in enumerate(self._rows):
             start = min(row.segments[place.segment] + offset, row.samples.size - self._length)
@@ -131,17 +161,24 @@ class _Cut:
     bad: float
 
 
-def window_labels(labels: Labels, start: Fraction, *, window_s: int, rate_hz: Fraction | int) -> dict[str, Any]:
+def window_labels(
+    labels: Labels,
+    start: Fraction,
+    *,
+    window_s: int,
+    rate_hz: Fraction | int,
+    anchor_s: Fraction = Fraction(0),
+) -> dict[str, Any]:
     """Labels of a window that starts `start` seconds into the recording: stages per epoch, classes, events.
 
     Events are [start, length, text] in samples at `rate_hz` counted from the window's start, cut at its edges;
-    an event that covers the window's start is a class of the window.
+    an event that covers the window's anchor, `anchor_s` behind its start, is a class of the window.
     """
     result: dict[str, Any] = {}
     if labels.stages:
         epoch_s = min(_STAGE_EPOCH_S, window_s)
         result["stage"] = [labels.stage_at(start + i * epoch_s, epoch_s) for i in range(window_s // epoch_s)]
-    inside, covering = labels.events_in(start, window_s)
+    inside, covering = labels.events_in(start, window_s, anchor_s)
     if inside:
         result["events"] = [
             [round(onset * rate_hz), round(duration * rate_hz), text] for onset, duration, text in inside
@@ -180,6 +217,10 @@ def _identity(corpus: Corpus, recipe: Recipe, relative: str, root: Path) -> dict
     }
 
 
+def _highest_rate(recipe: Recipe) -> Fraction:
+    return Fraction(max(rule.rate_hz for rule in recipe.kinds.values() if rule.rate_hz != NATIVE))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Axis:
     """Time axis of a group of samples: its rate in Hz, samples of a window, and what their keys end with."""
@@ -192,8 +233,7 @@ class _Axis:
     def of(cls, recipe: Recipe, rate: Fraction | None) -> "_Axis":
         """Axis of the channels stored at `rate`; None: of a recipe that sets the rates, which is its highest."""
         suffix = "" if rate is None else "-" + str(rate).replace("/", "_")
-        if rate is None:
-            rate = Fraction(max(rule.rate_hz for rule in recipe.kinds.values() if rule.rate_hz != NATIVE))
+        rate = _highest_rate(recipe) if rate is None else rate
         return cls(rate=rate, length=recipe.window_samples(rate), suffix=suffix)
 
 
@@ -218,13 +258,15 @@ def window_recording(
         read_header(path, corpus.reader_of(path), corpus.layout)
     identity = _identity(corpus, recipe, path.relative_to(root).as_posix(), root)
     recording = read_header(path, corpus.reader_of(path), corpus.layout)
-    places = _places(recording, recipe, losses)
-    if not places:
+    has_events = recipe.place == "events" and any(rule.source != "none" for rule in corpus.annotation_rules)
+    places = [] if has_events else _places(recording, recipe, losses)
+    if not places and not has_events:
         longest = max((float(segment.duration) for segment in recording.segments), default=0.0)
         raise RecordingError(
             "TOO_SHORT", f"longest stretch {longest:g} s; a window of recipe {recipe.id} takes {recipe.window_s} s"
         )
     labels = read_labels(recording, corpus)
+    places = _event_places(recording, recipe, losses, labels=labels) if has_events else places
     losses.unmapped.update(labels.unmapped)
     losses.labels.update(labels.record())
     common = {
@@ -275,6 +317,8 @@ def _sample(
         "rate": list(axis.rate.as_integer_ratio()),
         "quality": quality,
         "ucs": {kind: cut.tags for kind, cut in cuts.items()},
-        "labels": window_labels(labels, place.start, window_s=recipe.window_s, rate_hz=axis.rate),
+        "labels": window_labels(
+            labels, place.start, window_s=recipe.window_s, rate_hz=axis.rate, anchor_s=recipe.anchor_s
+        ),
     }
     return Sample(key=key, arrays={kind: cut.array for kind, cut in cuts.items()}, meta=meta, tags=f"{{{tags}}}")

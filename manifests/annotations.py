@@ -142,7 +142,9 @@ class AnnotationRule(_Strict):
         lasts: How long a label lasts that states no duration: `epoch` (a stage; an event is an instant), or `next`
             (up to the next text that the map lists, be it to leave it out; the last to the end of the recording).
         target: `stage` (canonical stages), `classes` (labels of the whole recording), `events` (intervals; a
-            window is labelled with the class of the event that covers its start).
+            window is labelled with the class of the event that covers its anchor, see `Recipe`).
+        otherwise: Canonical label of the recorded time that no event covers, for corpora whose scorers marked all that
+            there was; null = nobody looked, such time has no label.
         required: False = a recording that has no label file, or no row, is converted without labels.
         table: Columns of source `table`.
         labels: Table of source `table_file`.
@@ -155,6 +157,7 @@ class AnnotationRule(_Strict):
     epoch_s: Annotated[int, Field(gt=0)] = 30
     lasts: Literal["epoch", "next"] = "epoch"
     target: Literal["stage", "classes", "events"] = "stage"
+    otherwise: Annotated[str, Field(min_length=1)] | None = None
     required: bool = True
     table: TableRule | None = None
     labels: LabelTable | None = None
@@ -175,6 +178,8 @@ class AnnotationRule(_Strict):
             raise ValueError("intervals: an end does not lie behind its onset")
         if self.source == "table_file" and self.target == "events":
             raise ValueError("source 'table_file' has labels of whole recordings; target 'events' needs their times")
+        if self.otherwise is not None and self.target != "events":
+            raise ValueError(f"otherwise is the label of time without events; target is {self.target!r}")
         if self.target == "stage":
             unknown = sorted({value for value in self.map.values() if value} - set(STAGES))
             if unknown:

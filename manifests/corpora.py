@@ -200,13 +200,20 @@ class Corpus(_Strict):
         Raises:
             ConfigError: No published split of that name.
         """
-        if name == "strict":
-            return self
-        found = next(iter(self.published), None) if name == "published" else name
-        if found not in self.published:
+        found = self.split_name(name)
+        return self if found == "strict" else self.model_copy(update={"split": self.published[found]})
+
+    def split_name(self, name: str) -> str:
+        """Name of a split where `published` stands for the official one.
+
+        Raises:
+            ConfigError: No published split of that name.
+        """
+        found = next(iter(self.published), name) if name == "published" else name
+        if found != "strict" and found not in self.published:
             known = ", ".join(["strict", *self.published])
             raise ConfigError(f"{self.id}: split {name!r}: not in its corpus file; known: {known}")
-        return self.model_copy(update={"split": self.published[found]})
+        return found
 
 
 def load_corpus(name_or_path: str | Path) -> Corpus:
@@ -277,6 +284,8 @@ def recording_split(corpus: Corpus, path: str, root: Path | None = None) -> str:
     """
     who = who_of(corpus, path, root)
     rule, where = corpus.split, f"{corpus.id}.yaml: split"
+    if rule.runs and path_groups(corpus.subject, path, where=where).get("run") not in rule.runs:
+        return UNUSED
     if rule.rule == "path":
         match = re.search(rule.pattern or "", path)
         text = match["split"] if match else None

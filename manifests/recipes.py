@@ -60,6 +60,10 @@ class Recipe(_Strict):
     share one time axis. A window at 1000/3 Hz holds the whole samples that fit: 3333 in 10 s; the rate stays exact.
 
     Attributes:
+        place: `grid` (every `hop_s` seconds) or `events`: one window per labelled event, its anchor on the event's
+            start or centre. A corpus without annotations, such as a stranger's file, has the grid all the same.
+        anchor: Point of a window, `start` or `centre`, whose event gives it its class. A window on the grid with the
+            anchor in its centre has the class that fills most of it, as long as there are two at most.
         keep: `all` windows, or only `labelled` ones.
         min_quality: Least share of good channel-samples of a window (not flat, clipped or missing).
     """
@@ -70,6 +74,8 @@ class Recipe(_Strict):
     window_s: Annotated[int, Field(gt=0)]
     hop_s: Annotated[int, Field(gt=0)]
     kinds: dict[str, KindRule]
+    place: Literal["grid", "events"] = "grid"
+    anchor: Literal["start", "centre"] = "start"
     keep: Literal["all", "labelled"] = "all"
     min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -85,7 +91,14 @@ class Recipe(_Strict):
     def _all_native_or_none(self) -> "Recipe":
         if len({rule.rate_hz == NATIVE for rule in self.kinds.values()}) > 1:
             raise ValueError("kinds: rate_hz is native for some and a number for others; a recipe keeps all or none")
+        if self.place == "events" and self.is_native:
+            raise ValueError("place events needs rates of the recipe's own: with native ones two windows may be one")
         return self
+
+    @property
+    def anchor_s(self) -> Fraction:
+        """Seconds from a window's start to its anchor."""
+        return Fraction(self.window_s, 2) if self.anchor == "centre" else Fraction(0)
 
     @property
     def is_native(self) -> bool:

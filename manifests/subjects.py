@@ -135,6 +135,7 @@ class SplitRule(_Strict):
         column: Where the cell stands.
         map: Text to split; `hash` = by the hash of the person; null = the published split leaves these recordings out.
         trials: Split of the first, second, … trial of a recording; a window between or across trials is unused.
+        runs: Runs, as paths write them, that a published split takes; the others are unused. Empty = all.
         val_share: Share of the persons in train that become val, by hash; for splits published without a val.
         source: Where the split comes from.
     """
@@ -146,6 +147,7 @@ class SplitRule(_Strict):
     column: SplitColumn | None = None
     map: dict[str, Split | Literal["hash"] | None] = {}
     trials: tuple[Split, ...] = ()
+    runs: tuple[str, ...] = ()
     val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     source: str = ""
 

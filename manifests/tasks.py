@@ -29,6 +29,7 @@ class Task(BaseModel):
         labels: Classes in the order of the head's outputs. Of a yes or no, the one that means yes.
         map: Raw label to class; null = known and none of the classes: left out under cross_entropy, a no under bce.
             Raw labels that are not listed say nothing: a window that has no others is left out.
+        recipe: Shipped recipe that its corpora are converted with; another one of the same window serves as well.
         window_s: Length of a window in seconds; null = as the snapshots have it. Another one is refused.
         kinds: Kinds the model sees, all of one rate.
         channels: Symbols the model sees; null = every channel of `kinds`.
@@ -55,6 +56,7 @@ class Task(BaseModel):
     target: Literal["stage", "classes"]
     labels: Annotated[list[str], Field(min_length=1)]
     map: dict[str, str | None]
+    recipe: str | None = None
     window_s: Annotated[int, Field(gt=0)] | None = None
     kinds: Annotated[list[str], Field(min_length=1)]
     channels: list[str] | None = None

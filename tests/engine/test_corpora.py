@@ -165,10 +165,12 @@ def test_chb_mit_is_read_with_its_seizures_and_its_double_channel(tmp_path: Path
     (tmp_path / "chb01/chb01_03.seizures").rename(tmp_path / "chb01/chb01_03.edf.seizures")
     row, found = read("chbmit", tmp_path, "chb01/chb01_03.edf")
     assert [channel.symbol for channel in row.channels].count("eeg:T8-P8") == 2
-    assert intervals(found.events) == [(30, 20, "seizure")]
+    assert intervals(found.events) == [(0, 30, "no_seizure"), (30, 20, "seizure"), (50, 70, "no_seizure")]
     write_edf(tmp_path / "chb01/chb01_04.edf", labels)
     corpus = load_corpus("chbmit")
-    assert not read_labels(read_header(tmp_path / "chb01/chb01_04.edf", "edf"), corpus).events
+    without = read_labels(read_header(tmp_path / "chb01/chb01_04.edf", "edf"), corpus)
+    assert intervals(without.events) == [(0, SECONDS, "no_seizure")]
+    assert without.missing == ("wfdb",)
 
 
 def write_record(folder: Path, name: str, labels: list[str], *, rate: int, seconds: int) -> None:

@@ -225,6 +225,34 @@ def test_stages_events_and_classes_of_a_window() -> None:
     }
 
 
+def test_the_class_of_a_window_is_that_of_its_anchor() -> None:
+    labels = Labels(events=(label(0, 7, "rest"), label(7, 3, "left")))
+    at = [
+        window_labels(labels, Fraction(4), window_s=4, rate_hz=10, anchor_s=Fraction(s))["classes"] for s in (0, 2, 3)
+    ]
+    assert at == [["rest"], ["rest"], ["left"]]
+
+
+def test_windows_around_events_lie_on_whole_samples_of_one_segment(tmp_path: Path) -> None:
+    from edfio import Edf, EdfAnnotation, EdfSignal
+
+    ramp = np.arange(60 * 128) / 100.0
+    signal = EdfSignal(ramp, 128, label="C3-M2", physical_dimension="uV", physical_range=(-400, 400))
+    marks = [(0.5, 1, "x"), (10.003, 2, "x"), (10.003, 2, "y"), (20, 0, "x"), (30, 1, "z"), (58.9, 1, "x")]
+    Edf([signal], annotations=[EdfAnnotation(*mark) for mark in marks]).write(tmp_path / "a.edf")
+    annotations = {"source": "in_file", "target": "events", "map": {"x": "one", "y": "two", "z": None}}
+    values = {"id": "around", "title": "t", "window_s": 4, "hop_s": 4, "kinds": {"eeg": {"rate_hz": 128}}}
+    recipe = Recipe.model_validate({**values, "place": "events", "anchor": "centre"})
+    losses = Losses()
+    (sample,) = windows(own_corpus(annotations=annotations), recipe, tmp_path, "a.edf", losses)
+    start = int((10.003 + 1 - 2) * 128)
+    assert sample.meta["start"] == start
+    assert sample.meta["labels"]["classes"] == ["one", "two"]  # an instant (20 s) has no length and no window
+    assert losses.dropped["partial"] == 2
+    assert physical(sample, "eeg")[0, 0] == pytest.approx(ramp[start], abs=0.02)
+    assert len(windows(own_corpus(), recipe, tmp_path, "a.edf")) == 15  # a stranger's file: the grid
+
+
 def test_native_rates_give_one_sample_per_rate(tmp_path: Path) -> None:
     from edfio import Edf, EdfSignal
 

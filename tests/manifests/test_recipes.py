@@ -51,6 +51,8 @@ def test_the_recipes_that_others_build_on_are_there() -> None:
         ({"kinds": {"eeg": {"rate_hz": "native", "low_hz": 9, "high_hz": 3}}}, "not below the upper edge"),
         ({"kinds": {"eeg": {"rate_hz": "native"}, "ecg": {"rate_hz": 128}}}, "keeps all or none"),
         ({"kinds": {"eeg": {"rate_hz": "any"}}}, "native"),
+        ({"kinds": {"eeg": {"rate_hz": "native"}}, "place": "events"}, "place events needs rates"),
+        ({"anchor": "end"}, "'start' or 'centre'"),
         ({"window_s": 0}, "greater than 0"),
         ({"min_quality": 1.5}, "less than or equal to 1"),
         ({"colour": "blue"}, "colour"),
