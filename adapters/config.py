@@ -121,14 +121,17 @@ class Card(_Strict):
     """What the model card says that cannot be read off the run.
 
     Attributes:
-        licence: Of the weights, an id of the hub's list; `other` until the holder of the data has decided.
+        licence: Of the bundle, an id of the hub's list; `other` until the holder of the data has decided. It may not
+            grant more than those of the base and the corpora.
         intended_use: Sentences for the card.
+        citation: How to cite the bundle; the corpora's own citations stand in the card by themselves.
     """
 
     title: str = "kymo adapters"
     licence: str = "other"
     authors: list[str] = []
-    intended_use: str = "Research on EEG, ECG and sleep recordings like those named under Data."
+    intended_use: str = "Research on EEG, ECG and sleep recordings like those of the corpora below."
+    citation: str = ""
 
 
 class TaskTraining(Running):

@@ -1,9 +1,10 @@
 """The format of a bundle: its files, its manifest, and the check that both agree before anything is trusted.
 
 A bundle is a folder that predicts with nothing else at hand: `bundle.json` (tasks, base, hashes of all files),
-`README.md` (model card), `base/` (the exported encoder), `shared/temporal_encoder.safetensors` (which the tasks trained
-together: an adapter is valid with this one only), `adapters/TASK/` (stock PEFT files, `head.safetensors`,
-`task.json`) and `conformance/TASK.safetensors` (fixed input, expected logits). Tensors are safetensors, never pickles.
+`README.md` (model card) with `scores.png`, `base/` (the exported encoder; instead of its weights there may be a
+reference to a commit on a hub), `shared/temporal_encoder.safetensors` (which the tasks trained together: an adapter is
+valid with this one only), `adapters/TASK/` (stock PEFT files, `head.safetensors`, `task.json`) and
+`conformance/TASK.safetensors` (fixed input, expected logits). Tensors are safetensors, never pickles.
 
 The hashes tell damage, not forgery: who needs that pins the commit of the repository.
 """
@@ -13,25 +14,28 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from adapters.config import LoraSpec
+from adapters.config import Card, LoraSpec
 from adapters.methods import required_config
+from manifests.config import digest
 from manifests.errors import ConfigError, ContractError
 from manifests.recipes import Recipe
 from manifests.tasks import Task, TaskId
 
 FORMAT = "kymo-bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
 CARD_FILE = "README.md"
-BASE_FILES = ("base/encoder.json", "base/encoder.safetensors")
+FIGURE_FILE = "scores.png"
+BASE_CARD, BASE_WEIGHTS = "base/encoder.json", "base/encoder.safetensors"
 SHARED_FILE = "shared/temporal_encoder.safetensors"
+LORA_KEY = "lora"  # of rank and scale in the header of an adapter
 
 # What the hub and its client add to a folder; never read.
 FOREIGN = re.compile(r"\.gitattributes|\.cache/huggingface/.*")
@@ -43,32 +47,61 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class FileEntry(_Strict):
     """SHA-256 (hex) and size in bytes of a file."""
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     size: Annotated[int, Field(ge=0)]
 
 
+class Reference(_Strict):
+    """A file on a hub, fixed by its commit."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    filename: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*\.safetensors$")] = "encoder.safetensors"
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.revision}/{self.filename}"
+
+
 class Base(_Strict):
-    """The base encoder: kind, training steps, SHA-256 of its weights."""
+    """The base encoder: kind, training steps, SHA-256 of its weights, and where they are if not in the bundle."""
 
     kind: str
     step: int
-    sha256: str
+    sha256: Sha256
+    reference: Reference | None = None
 
 
 class Manifest(_Strict):
-    """`bundle.json`. `files` lists every file but itself."""
+    """`bundle.json`.
+
+    Attributes:
+        card: What the model card says that cannot be read off the records.
+        temporal: `trained` = the shared encoder differs from the base's; `frozen` = it is the base's.
+        files: Every file of the bundle but this one.
+        digest: Of all the rest of this file.
+    """
 
     format: str
     schema_version: int
     tasks: Annotated[list[TaskId], Field(min_length=1)]
+    card: Card
     base: Base
+    temporal: Literal["trained", "frozen"]
     ucs_version: int
     ucs_digest: str
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    digest: str = ""
+
+    def content_digest(self) -> str:
+        """SHA-256 (hex) over everything but the digest itself."""
+        return digest(self.model_dump(mode="json", exclude={"digest"}))
 
 
 class TaskRecord(_Strict):
@@ -76,17 +109,21 @@ class TaskRecord(_Strict):
 
     Attributes:
         recipe: How its windows are made, complete.
+        base_sha256: Of the weights of the base that its adapter was trained on.
         shared_sha256: Of the temporal encoder that its adapter was trained with.
-        data: Corpora, snapshot and split digests, counts, channels seen in training.
+        data: Corpora, snapshot and split digests, counts, channels seen in training, persons that pretraining saw.
         scores: Split to scores; null where there was no window.
+        provenance: Code version, seed, steps: of `adapters.provenance.training_facts`.
     """
 
     task: Task
     lora: LoraSpec
     recipe: Recipe
-    shared_sha256: str
+    base_sha256: Sha256
+    shared_sha256: Sha256
     data: dict[str, Any]
     scores: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def task_files(task: str) -> dict[str, str]:
@@ -100,10 +137,17 @@ def task_files(task: str) -> dict[str, str]:
     }
 
 
-def bundle_files(tasks: Iterable[str]) -> list[str]:
+def bundle_files(tasks: Iterable[str], base: Base) -> list[str]:
     """Every file that a bundle of these tasks has, but the manifest. There is no other: this is the allow-list."""
-    shared = [CARD_FILE, *BASE_FILES, SHARED_FILE]
+    shared = [CARD_FILE, FIGURE_FILE, BASE_CARD, SHARED_FILE]
+    if base.reference is None:
+        shared.append(BASE_WEIGHTS)
     return sorted([*shared, *(path for task in tasks for path in task_files(task).values())])
+
+
+def needed_files(manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:
+    """Files but the manifest that must be there to load these tasks; None = all."""
+    return bundle_files(chosen_tasks(manifest, tasks), manifest.base)
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -111,37 +155,55 @@ def read_manifest(path: Path | str) -> Manifest:
 
     Raises:
         ConfigError: There is no bundle in the folder.
-        ContractError: It is of another format or version, or lists other files than a bundle has.
+        ContractError: It is of another format or version, was changed, or lists other files than a bundle has.
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
         raise ConfigError(f"{path}: no {MANIFEST_FILE}; give a folder that kymo adapt --bundle has written")
-    manifest = _parse(Manifest, file, _content(file))
-    if manifest.format != FORMAT or manifest.schema_version != SCHEMA_VERSION:
-        raise ContractError(
-            f"{file}: format {manifest.format!r} version {manifest.schema_version}, "
-            f"this kymo reads {FORMAT!r} version {SCHEMA_VERSION}"
-        )
-    if list(manifest.files) != bundle_files(manifest.tasks):
-        odd = sorted(set(manifest.files) ^ set(bundle_files(manifest.tasks)))
+    content = _content(Path(path), MANIFEST_FILE)
+    _check_format(file, content)
+    manifest = _parse(Manifest, file, content)
+    expected = bundle_files(manifest.tasks, manifest.base)
+    if list(manifest.files) != expected:
+        odd = sorted(set(manifest.files) ^ set(expected))
         raise ContractError(f"{file}: {', '.join(odd[:4])}: not the files of a bundle with these tasks")
+    if manifest.digest != manifest.content_digest():
+        raise ContractError(
+            f"{file}: changed after it was written (digest {manifest.digest[:12]}); fetch the bundle again"
+        )
     return manifest
+
+
+def _check_format(file: Path, content: bytes) -> None:
+    """Name another format or version before anything else is made of it: a newer one may have any keys."""
+    try:
+        plain = json.loads(content)
+        found, version = plain["format"], int(plain["schema_version"])
+    except (ValueError, TypeError, KeyError):
+        raise ContractError(f"{file}: not the manifest of a bundle; fetch the bundle again") from None
+    if found != FORMAT or version != SCHEMA_VERSION:
+        hint = "update kymo" if found == FORMAT and version > SCHEMA_VERSION else "write the bundle again"
+        raise ContractError(
+            f"{file}: format {found!r} version {version}, this kymo reads {FORMAT!r} version {SCHEMA_VERSION}; {hint}"
+        )
 
 
 def verify_bundle(path: Path | str, tasks: Sequence[str] | None = None) -> Manifest:
     """Manifest of a bundle whose files all have their size and SHA-256; with `tasks`, only what those need.
 
     Raises:
-        ContractError: A file is missing, was changed, or does not belong into a bundle.
+        ContractError: A file is missing, was changed, does not belong into a bundle, or links to somewhere else.
     """
     path = Path(path)
     manifest = read_manifest(path)
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         listed = name == MANIFEST_FILE or name in manifest.files or FOREIGN.fullmatch(name)
-        if not file.is_dir() and not listed:
+        if file.is_symlink() or not (file.is_dir() or listed):
+            _check_place(path, name)
+        if not (file.is_dir() or listed):
             raise ContractError(f"{file}: a file that bundle.json does not list; remove it")
-    for name in bundle_files(chosen_tasks(manifest, tasks)):
+    for name in needed_files(manifest, tasks):
         verified(path, name, manifest)
     return manifest
 
@@ -153,21 +215,28 @@ def chosen_tasks(manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:
     return [name for name in manifest.tasks if tasks is None or name in tasks]
 
 
-def _content(file: Path) -> bytes:
+def _check_place(path: Path, name: str) -> None:
+    """Refuse a link out of the bundle; those of the hub's cache go to its `blobs` and are fine."""
+    target, root = (path / name).resolve(), path.resolve()
+    if not target.is_relative_to(root) and not target.is_relative_to(root.parent.parent / "blobs"):
+        raise ContractError(f"{path / name}: links to {target}, outside the bundle; put the file itself there")
+
+
+def _content(path: Path, name: str) -> bytes:
     try:
-        return file.read_bytes()
+        return (path / name).read_bytes()
     except OSError as error:
-        raise ContractError(f"{file}: cannot be read ({error.strerror}); fetch the bundle again") from None
+        raise ContractError(f"{path / name}: cannot be read ({error.strerror}); fetch the bundle again") from None
 
 
 def verified(path: Path, name: str, manifest: Manifest) -> bytes:
     """Content of a listed file whose size and hash fit."""
     entry = manifest.files[name]
-    file = path / name
-    content = _content(file)
+    _check_place(path, name)
+    content = _content(path, name)
     if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
         raise ContractError(
-            f"{file}: {len(content)} bytes with another SHA-256 than bundle.json lists ({entry.size} bytes); "
+            f"{path / name}: {len(content)} bytes with another SHA-256 than bundle.json lists ({entry.size} bytes); "
             "fetch the bundle again"
         )
     return content
@@ -191,15 +260,35 @@ def _parse(model: type[ModelT], file: Path, content: bytes) -> ModelT:
 
 
 def read_record(path: Path, name: str, manifest: Manifest) -> TaskRecord:
-    """`task.json` of a task, held against the PEFT configuration and the shared encoder beside it."""
+    """`task.json` of a task, held against the adapter, the base and the shared encoder beside it."""
     files = task_files(name)
-    record = _parse(TaskRecord, path / files["record"], verified(path, files["record"], manifest))
+    where = path / files["record"]
+    record = _parse(TaskRecord, where, verified(path, files["record"], manifest))
     peft = json.loads(verified(path, files["config"], manifest))
     for key, value in required_config(record.lora).items():
         if peft.get(key) != value:
             raise ContractError(f"{path / files['config']}: {key} is {peft.get(key)!r}, task.json says {value!r}")
+    scale = _header(verified(path, files["adapter"], manifest)).get(LORA_KEY)
+    if scale != scale_text(record.lora):
+        raise ContractError(f"{path / files['adapter']}: made with {scale}, task.json says {scale_text(record.lora)}")
     if record.task.id != name:
-        raise ContractError(f"{path / files['record']}: task {record.task.id!r} lies in the folder of {name!r}")
+        raise ContractError(f"{where}: task {record.task.id!r} lies in the folder of {name!r}")
+    if record.base_sha256 != manifest.base.sha256:
+        raise ContractError(f"{where}: trained on another base ({record.base_sha256[:12]}); not usable here")
     if record.shared_sha256 != manifest.files[SHARED_FILE].sha256:
-        raise ContractError(f"{path / files['record']}: trained with another shared temporal encoder; not usable here")
+        raise ContractError(f"{where}: trained with another shared temporal encoder; not usable here")
     return record
+
+
+def scale_text(spec: LoraSpec) -> str:
+    """Rank and scale as they stand in the header of an adapter: files that lost them were loaded at a wrong scale."""
+    return json.dumps({"alpha": spec.alpha, "r": spec.r})
+
+
+def _header(content: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file; empty for what is none."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return dict(header.get("__metadata__") or {})
+    except (ValueError, AttributeError, TypeError):
+        return {}

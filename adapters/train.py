@@ -33,6 +33,7 @@ from adapters.config import AdaptConfig, TaskTraining
 from adapters.data import TaskData, describe_data, load_task_data
 from adapters.evaluate import evaluate, mean_primary
 from adapters.model import MultiTaskModel, TaskModel
+from adapters.provenance import seen_in_pretraining
 from adapters.rows import Rows
 from adapters.running import FREE_KEYS, Running
 from adapters.sampling import Share, shares
@@ -392,12 +393,16 @@ def _finish(
 ) -> dict[str, Any]:
     """Score the kept weights and write them; `result.json`, written last, marks the run as finished."""
     by_split = {split: evaluate(model, data, split=split, limit=config.eval_windows) for split in ("val", "test")}
+    card = read_card(config.encoder)
     result = {
         "fingerprint": fingerprint,
         "kept_step": kept_step,
         "seconds": round(time.monotonic() - began, 1),
         "scores": {name: {split: by_split[split].get(name) for split in by_split} for name in data},
-        "data": {name: describe_data(item) for name, item in data.items()},
+        "data": {
+            name: {**describe_data(item), "pretrain_seen": seen_in_pretraining(card, item)}
+            for name, item in data.items()
+        },
     }
 
     def write() -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Where a bundle comes from: data, code and seed of each task, persons that pretraining saw, licences of it all."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adapters.config import AdaptConfig
+from adapters.data import TaskData
+from adapters.layout import TaskRecord
+from adapters.licences import Source
+from trainer.evaluation.seen import pretrain_seen, pretraining_of, sentence
+from trainer.export import EncoderCard
+
+SCORED = ("val", "test")
+# Names of folders and how often something is logged: nobody else's business, and no part of what was computed.
+PRIVATE = {"run_dir", "encoder", "tasks", "log_every", "eval_every", "checkpoint_every", "threads", "card"}
+
+
+def seen_in_pretraining(card: EncoderCard, data: TaskData) -> dict[str, dict[str, Any]]:
+    """What the base has seen of the persons that a task is scored on, by split.
+
+    Returns:
+        Per split with windows the fields of `trainer.evaluation.seen.pretrain_seen` and a `sentence`; `subjects_seen`
+        is null where the card cannot tell.
+    """
+    pretraining = pretraining_of(card.pretrained_on)
+    found: dict[str, dict[str, Any]] = {}
+    for split in SCORED:
+        labelled = data.splits[split]
+        persons = {(stream.corpus, labelled.subjects[key]) for stream in labelled.streams for key in stream.keys}
+        if not persons:
+            continue
+        seen = pretrain_seen(pretraining, pd.DataFrame(sorted(persons), columns=["corpus", "subject"]))
+        text = sentence(seen)
+        if pretraining.unknown and not pretraining.subjects:
+            seen["subjects_seen"] = None
+        found[split] = {**seen, "sentence": text}
+    return found
+
+
+def training_facts(config: AdaptConfig, run_dir: Path, *, kept_step: int) -> dict[str, Any]:
+    """What trained a task: code version of the run, seed, settings without paths, the step that was kept."""
+    settings = config.model_dump(mode="json", exclude=PRIVATE)
+    code = json.loads((run_dir / "version.json").read_text(encoding="utf-8"))
+    return {"code": code, "kept_step": kept_step, "settings": settings}
+
+
+def hours_of(record: TaskRecord) -> dict[str, float]:
+    """Hours of labelled windows by split; windows that overlap count each."""
+    splits = record.data["splits"]
+    return {split: round(facts["windows"] * record.recipe.window_s / 3600, 2) for split, facts in splits.items()}
+
+
+def sources_of(card: EncoderCard, records: Mapping[str, TaskRecord]) -> list[Source]:
+    """Everything with a licence that a bundle is made from: its base, the base's corpora and those of its tasks."""
+    sources = [Source(role="base", name=f"{card.kind} {card.sha256[:12]}", licence=card.licence)]
+    if card.pretrained_on is not None:
+        for corpus, facts in card.pretrained_on.corpora.items():
+            sources.append(Source(role="pretraining corpus", name=corpus, licence=facts.get("licence")))
+    corpora = {corpus: facts for record in records.values() for corpus, facts in record.data["corpora"].items()}
+    sources += [Source(role="corpus", name=name, licence=facts.get("licence")) for name, facts in corpora.items()]
+    return sources
