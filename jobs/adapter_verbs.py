@@ -18,13 +18,18 @@ def adapt(
 ) -> None:
     """Train one LoRA adapter and one head per task on a frozen encoder. Run the same command again to resume.
 
+    Ctrl-C finishes the step, saves and ends; num_workers=4 trains on workers of Ray, as torchrun's ranks do.
+
     Example: kymo adapt jobs/configs/adapt.yaml --bundle demo/bundle
     """
     from adapters.bundle import write_bundle
     from adapters.config import AdaptConfig
-    from adapters.train import adapt as train
+    from jobs.learn import learn_adapters
+    from trainer.collectives import rank
 
-    result = train(load_config(AdaptConfig, config, overrides or ()))
+    result = learn_adapters(load_config(AdaptConfig, config, overrides or ()))
+    if rank() != 0:
+        return  # under torchrun one rank speaks for all
     show_task_scores(result.scores)
     if bundle is not None:
         write_bundle(result, bundle)
@@ -37,9 +42,12 @@ def finetune(config: Path = ConfigPath, overrides: list[str] = Overrides) -> Non
     Example: kymo finetune jobs/configs/real/finetune_fists.yaml model.graph=gcn run_dir=demo/runs/fists_gcn
     """
     from adapters.config import FinetuneConfig
-    from adapters.finetune import finetune as train
+    from jobs.learn import learn_model
+    from trainer.collectives import rank
 
-    result = train(load_config(FinetuneConfig, config, overrides or ()))
+    result = learn_model(load_config(FinetuneConfig, config, overrides or ()))
+    if rank() != 0:
+        return
     show_task_scores(result.scores)
     for task, symbols in result.channels.items():
         if symbols is not None:
