@@ -128,6 +128,60 @@ def test_one_subject_and_absent_classes_give_no_nonsense():
     assert scores["support"] == {"a": 20, "b": 0, "c": 0}
 
 
+def test_means_over_labels_are_those_of_scikit_learn_and_have_intervals():
+    rng = np.random.default_rng(5)
+    truth = (rng.random((300, 3)) < [0.5, 0.2, 0.1]).astype(int)
+    probabilities = np.clip(0.35 * truth + rng.random((300, 3)) * 0.6, 0, 1)
+    guess = (probabilities > 0.5).astype(int)
+    subjects = [f"s{i // 15}" for i in range(300)]
+    scores = score_yes_no(truth, probabilities, labels=list("abc"), subjects=subjects)
+    both = list(zip(truth.T, guess.T, strict=True))
+    assert {name: entry["value"] for name, entry in scores["metrics"].items()} == pytest.approx(
+        {
+            "balanced_accuracy": np.mean([balanced_accuracy_score(t, g) for t, g in both]),
+            "kappa": np.mean([cohen_kappa_score(t, g) for t, g in both]),
+            "macro_f1": f1_score(truth, guess, average="macro"),
+            "weighted_f1": f1_score(truth, guess, average="weighted"),
+            "auroc": roc_auc_score(truth, probabilities, average="macro"),
+            "auprc": average_precision_score(truth, probabilities, average="macro"),
+        }
+    )
+    for name, entry in scores["metrics"].items():
+        low, high = entry["interval"]
+        assert low < entry["value"] < high, name
+    always = f1_score(truth, np.ones_like(truth), average="weighted")
+    assert scores["metrics"]["weighted_f1"]["chance"] == pytest.approx(always)
+
+
+def test_the_interval_of_a_mean_draws_the_same_persons_for_all_labels():
+    """Two labels of which one is right where the other is wrong: their mean does not vary with the persons drawn."""
+    truth = np.tile([[0, 0], [1, 1]], (40, 1))
+    is_first = np.repeat(np.arange(8) < 4, 10)
+    right = np.stack([is_first, ~is_first], axis=1)
+    probabilities = np.where(right, truth, 1 - truth).astype(float)
+    scores = score_yes_no(truth, probabilities, labels=["a", "b"], subjects=np.repeat(list("stuvwxyz"), 10).tolist())
+    assert scores["metrics"]["balanced_accuracy"]["value"] == pytest.approx(0.5)
+    assert scores["metrics"]["balanced_accuracy"]["interval"] == pytest.approx([0.5, 0.5])
+    low, high = scores["per_label"]["a"]["balanced_accuracy"]["interval"]
+    assert high - low > 0.5
+
+
+def test_one_yes_or_no_is_scored_as_two_classes():
+    truth = RNG.integers(0, 2, 200)
+    yes = np.clip(0.3 * truth + 0.7 * RNG.random(200), 0, 1)
+    subjects = [str(i % 5) for i in range(200)]
+    scores = score_yes_no(truth[:, None], yes[:, None], labels=["af"], subjects=subjects)
+    two = score_classes(truth, np.stack([1 - yes, yes], axis=1), labels=["not af", "af"], subjects=subjects)
+    assert scores == two
+    assert scores["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(truth, yes))
+    assert scores["support"] == {"not af": int((truth == 0).sum()), "af": int(truth.sum())}
+
+
+def test_labels_that_all_have_one_answer_have_no_mean():
+    scores = score_yes_no(np.zeros((4, 2), int), np.full((4, 2), 0.2), labels=["a", "b"], subjects=list("xyxy"))
+    assert scores["metrics"] == {}
+
+
 def test_yes_no_labels_average_over_those_with_both_answers():
     truth = np.stack([RNG.integers(0, 2, 100), np.zeros(100, dtype=int)], axis=1)
     probabilities = np.stack([0.8 * truth[:, 0] + 0.1, np.full(100, 0.2)], axis=1)

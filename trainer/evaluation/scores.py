@@ -1,11 +1,12 @@
 """Scores of predictions with chance levels and confidence intervals over subjects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
+from manifests.tasks import negative
 from trainer.evaluation.bootstrap import (
     MIN_SUBJECTS,
     REPLICATES,
@@ -152,7 +153,10 @@ def compare(
 def score_yes_no(
     truth: np.ndarray, probabilities: np.ndarray, *, labels: Sequence[str], subjects: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """Scores of independent yes/no labels, averaged over the labels that have both answers.
+    """Scores of yes/no labels: of one label those of two classes, of several the mean over the labels.
+
+    Means are scikit-learn's of multilabel data, over the labels that have both answers: the F1 scores are those of the
+    yes (`weighted_f1` weighs them by how often a label is true), all others each label's own.
 
     Args:
         truth: (N, K) of 0 and 1.
@@ -162,37 +166,80 @@ def score_yes_no(
         seed: Of the bootstrap.
 
     Returns:
-        As `score_classes`, without a confusion matrix; the interval is that of the first such label's mean.
+        Of one label, what `score_classes` gives for the classes `not LABEL` and LABEL. Of several, the same without
+        `confusion` and `recall`, and in `per_label` the metrics of each; an interval is that of the mean, with the
+        same persons drawn for all labels.
     """
+    truth = np.asarray(truth).astype(int)
+    if len(labels) == 1:
+        names = [negative(labels[0]), labels[0]]
+        return score_classes(truth[:, 0], _two(probabilities[:, 0]), labels=names, subjects=subjects, seed=seed)
     per_label = {
         label: score_classes(
-            truth[:, k].astype(int),
-            np.stack([1 - probabilities[:, k], probabilities[:, k]], axis=1),
-            labels=["no", "yes"],
-            subjects=subjects,
-            seed=seed,
-        )
+            truth[:, k], _two(probabilities[:, k]), labels=["no", "yes"], subjects=subjects, seed=seed
+        )["metrics"]
         for k, label in enumerate(labels)
     }
-    both = [scores for scores in per_label.values() if "auroc" in scores["metrics"]]
+    has_both = np.flatnonzero((truth.min(axis=0) == 0) & (truth.max(axis=0) == 1))
+    alone = Draws(index_N=np.zeros(len(truth), dtype=int), times_RS=np.ones((1, 1)))
+    metrics: dict[str, Any] = {}
+    if len(has_both):
+        found = _label_means(truth[:, has_both], probabilities[:, has_both], alone)
+        draws = draw_subjects(subjects, seed=seed)
+        replicates = {} if draws is None else _label_means(truth[:, has_both], probabilities[:, has_both], draws)
+        chance = _yes_no_chance(truth[:, has_both].mean(axis=0))
+        metrics = {
+            name: _entry(values[0], chance[name], interval(replicates[name]) if replicates else None)
+            for name, values in found.items()
+        }
     return {
         "n": len(truth),
         "subjects": len(set(subjects)),
         "support": {label: int(truth[:, k].sum()) for k, label in enumerate(labels)},
-        "per_label": {label: scores["metrics"] for label, scores in per_label.items()},
-        "metrics": _mean_metrics(both),
+        "per_label": per_label,
+        "metrics": metrics,
     }
 
 
-def _mean_metrics(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each metric; an interval where there is one label only."""
+def _two(yes_N: np.ndarray) -> np.ndarray:
+    return np.stack([1 - yes_N, yes_N], axis=1)
+
+
+def _label_means(truth: np.ndarray, probabilities: np.ndarray, draws: Draws) -> dict[str, np.ndarray]:
+    """Every metric as the mean over labels in each draw, (R,) each; a label with one answer in a draw is left out."""
+    by_label: dict[str, list[np.ndarray]] = {}
+    weights = []
+    for k in range(truth.shape[1]):
+        two = _two(probabilities[:, k])
+        confusion_R22 = confusions(truth[:, k], two, draws)
+        actual, guessed = confusion_R22.sum(axis=2), confusion_R22.sum(axis=1)
+        is_whole = actual.min(axis=1) > 0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            f1 = 2 * confusion_R22[:, 1, 1] / (actual[:, 1] + guessed[:, 1])
+        found = replicates_of(truth[:, k], two, draws) | {"macro_f1": f1, "weighted_f1": f1}
+        for name, values in found.items():
+            by_label.setdefault(name, []).append(np.where(is_whole, values, np.nan))
+        weights.append(np.where(is_whole, actual[:, 1], 0.0))
+    weight_KR = np.stack(weights)
+    means = {}
+    for name, listed in by_label.items():
+        values_KR = np.stack(listed)
+        share_KR = (weight_KR if name == "weighted_f1" else 1.0) * np.isfinite(values_KR)
+        with np.errstate(invalid="ignore"):
+            means[name] = np.nansum(values_KR * share_KR, axis=0) / share_KR.sum(axis=0)
+    return means
+
+
+def _yes_no_chance(share_K: np.ndarray) -> dict[str, float]:
+    """Mean over labels of each metric of a guess that ignores the signal; its best F1 is that of yes to all."""
+    f1 = 2 * share_K / (1 + share_K)
     return {
-        name: _entry(
-            np.mean([item["metrics"][name]["value"] for item in scores]),
-            np.mean([item["metrics"][name]["chance"] for item in scores]),
-            scores[0]["metrics"][name]["interval"] if len(scores) == 1 else None,
-        )
-        for name in (scores[0]["metrics"] if scores else ())
+        "balanced_accuracy": 0.5,
+        "macro_f1": float(f1.mean()),
+        "weighted_f1": float(np.average(f1, weights=share_K)),
+        "kappa": 0.0,
+        "auroc": 0.5,
+        "auprc": float(share_K.mean()),
     }
 
 
