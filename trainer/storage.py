@@ -28,6 +28,10 @@ _STORE_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "goog
 _OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 
 
+class StoreError(ConfigError):
+    """A store that did not answer; it may the next time, so Ray starts the workers again."""
+
+
 def is_remote(path: Path) -> bool:
     """Whether a location is in an object store: a `UPath` that is no `pathlib.Path`."""
     return not isinstance(path, Path)
@@ -73,14 +77,16 @@ def answering(path: Path) -> Iterator[None]:
         if not is_remote(path) and error.errno not in _DISK_ERRORS:
             raise
         remedy = "make it writable" if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM} else "free space"
+        kind = ConfigError
         if is_remote(path):
             remedy = "check the bucket and the rights of the credentials"
+            kind = ConfigError if isinstance(error, FileNotFoundError | PermissionError) else StoreError
         reason = error.strerror or str(error) or type(error).__name__
-        raise ConfigError(f"{error.filename or path}: {reason}; {remedy} and run the same command again") from error
+        raise kind(f"{error.filename or path}: {reason}; {remedy} and run the same command again") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _STORE_CLIENTS:
             raise
-        raise ConfigError(
+        raise StoreError(
             f"{path}: the store does not answer ({type(error).__name__}: {error}); check the network, AWS_ENDPOINT_URL "
             "and the credentials, and run the same command again"
         ) from error

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import pytest
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from manifests.config import dump_yaml
-from manifests.errors import ConfigError
+from manifests.errors import ConfigError, ContractError
 from trainer import launch as launch_module
 from trainer.config import PretrainConfig
 from trainer.launch import launch
 from trainer.metrics import read_metrics
+from trainer.samples import SnapshotSource
+from trainer.storage import StoreError
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -102,6 +105,30 @@ def test_more_workers_than_windows_are_told_before_ray_starts(
     monkeypatch.setattr(launch_module.ray, "init", fail)
     with pytest.raises(ConfigError, match="num_workers: 5 is more than the 4 windows of a micro-batch"):
         launch(tiny_config(num_workers=(2, 5), gradient_accumulation=2))
+
+
+def test_only_what_a_person_must_change_ends_a_run_at_once() -> None:
+    told = launch_module.EndAtOnce()
+    for passing in (RuntimeError("connection reset"), StoreError("the store does not answer")):
+        told.after_exception(None, {0: passing})
+    with pytest.raises(ConfigError, match="lower the rate"):
+        told.after_exception(None, {2: ConfigError("not this"), 1: ConfigError("lower the rate"), 0: OSError("x")})
+    with pytest.raises(ContractError, match="shard"):
+        told.after_exception(None, {0: ContractError("shard")})
+
+
+@pytest.mark.slow
+def test_an_error_that_would_come_back_is_not_tried_again(tiny_config: MakeConfig) -> None:
+    """Seen on the workers only: the snapshot is damaged, which no check before the start can tell."""
+    config = tiny_config("ray", max_replaced=0, ray={"max_failures": 5}, evaluation=None)
+    folder = Path(config.run_dir).with_name("damaged")
+    shutil.copytree(config.snapshots[0].path, folder)
+    for shard in folder.glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    config = config.model_copy(update={"snapshots": [SnapshotSource(path=str(folder))]})
+    with pytest.raises(ContractError, match="number 1 that cannot be read, 0 are allowed"):
+        launch(config)
+    assert [path.name for path in Path(config.run_dir, "attempts").iterdir()] == ["000001.json"]
 
 
 def test_each_node_that_goes_away_is_news_once(monkeypatch: pytest.MonkeyPatch) -> None:
