@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from adapters.build import build_task_model
 from adapters.checkpoint import (
     Checkpoint,
     Progress,
@@ -72,12 +73,25 @@ class AdaptResult:
 
     config: AdaptConfig
     run_dir: Path
-    model: MultiTaskModel
+    model: TaskModel
     tasks: dict[str, Task]
     data: dict[str, dict[str, Any]]
     scores: dict[str, dict[str, Any]]
     kept_step: int
     seconds: float
+
+    def adapters(self) -> MultiTaskModel:
+        """The model, if it is a base with adapters: what can be written as a bundle.
+
+        Raises:
+            ConfigError: Another method, which changes the base or has none.
+        """
+        if not isinstance(self.model, MultiTaskModel):
+            raise ConfigError(
+                f"method: {self.config.method} of {self.run_dir} makes no bundle: a bundle is a frozen base with an "
+                f"adapter per task, and this run has none; its weights are in {TRAINED_FILE}; adapt with method=lora"
+            )
+        return self.model
 
 
 def adapt(config: AdaptConfig, *, report: Report | None = None, update: type[Update] = Update) -> AdaptResult:
@@ -99,12 +113,8 @@ def adapt(config: AdaptConfig, *, report: Report | None = None, update: type[Upd
     torch.set_num_threads(config.threads)
     device = find_device(config)
     data = load_data(config)
-    model = MultiTaskModel(
-        load_encoder(Path(config.encoder)),
-        {name: len(item.task.labels) for name, item in data.items()},
-        lora=config.lora,
-        seed=config.seed,
-    )
+    outputs = {name: len(item.task.labels) for name, item in data.items()}
+    model = build_task_model(config, load_encoder(Path(config.encoder)), outputs)
     result = train_tasks(config, model.to(device), data, report=report, update=update)
     return AdaptResult(
         config=config,
