@@ -1,8 +1,10 @@
 import pytest
 
 from manifests.config import shipped_names, validate
+from manifests.corpora import Corpus, load_corpus
 from manifests.errors import ConfigError
-from manifests.tasks import TASKS_DIR, Task, chosen_symbols, lacking, load_task, window_labels
+from manifests.recipes import load_recipe
+from manifests.tasks import TASKS_DIR, UNSCORED, Task, chosen_symbols, lacking, load_task, window_labels
 
 BASE = {
     "id": "demo",
@@ -25,8 +27,65 @@ def test_every_shipped_task_validates(name):
     assert task.view in VIEWS
 
 
-def test_the_three_tasks_of_the_first_landing_are_shipped():
-    assert {"sleep_staging", "rhythm", "wake_deep"} <= set(shipped_names(TASKS_DIR))
+def test_the_tasks_of_the_papers_and_those_of_the_data_at_hand_are_shipped():
+    mteeg = {"tuab", "tuev", "seed_v", "chbmit", "sleep_edf", "physionet_mi"}
+    wake = {"tusl", "ptbxl", "g12ec", "cpsc2018"}
+    at_hand = {"sleep_staging", "wake_deep", "motor_imagery", "rhythm", "af"}
+    assert mteeg | wake | at_hand == set(shipped_names(TASKS_DIR))
+
+
+def labels_of(corpus: Corpus, target: str) -> set[str]:
+    """Labels that a corpus file lets through to a window."""
+    found = set()
+    for rule in corpus.annotation_rules:
+        if (rule.target == "stage") == (target == "stage"):
+            found |= {label for label in (*rule.map.values(), rule.otherwise) if label is not None}
+    return found
+
+
+PAIRS = [(name, corpus) for name in shipped_names(TASKS_DIR) for corpus in load_task(name).corpora]
+
+
+@pytest.mark.parametrize(("name", "corpus"), PAIRS)
+def test_what_a_shipped_task_asks_of_a_corpus_its_file_offers(name, corpus):
+    task, found = load_task(name), load_corpus(corpus)
+    found.with_split(task.corpora[corpus] or "strict")
+    offered = labels_of(found, task.target)
+    listed = set(task.map) - {UNSCORED}
+    others = {
+        label for other in task.corpora if other != corpus for label in labels_of(load_corpus(other), task.target)
+    }
+    assert listed & offered, "the task reads nothing of this corpus"
+    if task.target == "classes":  # a hypnogram of two stages serves a task of five
+        assert listed <= offered | others
+    reached = {task.map[label] for label in offered & listed} - {None}
+    assert reached, "no class of the task occurs in this corpus"
+    symbols = {symbol for symbol in found.channels.values() if symbol}
+    if symbols:
+        assert set(task.channels or ()) <= symbols
+        assert not lacking(task, chosen_symbols(task, sorted(symbols)))
+
+
+@pytest.mark.parametrize("name", shipped_names(TASKS_DIR))
+def test_the_window_and_the_kinds_of_a_shipped_task_are_those_of_its_recipe(name):
+    task = load_task(name)
+    recipe = load_recipe(task.recipe)
+    assert task.window_s == recipe.window_s
+    assert set(task.min_channels) <= set(recipe.kinds)
+    assert len({recipe.kinds[kind].rate_hz for kind in task.kinds}) == 1
+    assert not recipe.is_native
+    targets = {rule.target for corpus in task.corpora for rule in load_corpus(corpus).annotation_rules}
+    assert recipe.place == "grid" or targets == {"events"}
+
+
+@pytest.mark.parametrize("name", shipped_names(TASKS_DIR))
+def test_the_best_step_is_chosen_as_the_papers_do(name):
+    task = load_task(name)
+    is_binary = task.loss == "bce" or len(task.labels) == 2 or name == "tusl"  # its study reports AUROC
+    assert task.primary == ("auroc" if is_binary else "kappa")
+    assert {"balanced_accuracy", "auroc", "auprc", "kappa", "weighted_f1"} <= set(task.metrics)
+    assert (task.loss == "bce") == (len(task.labels) == 1 or name in {"ptbxl", "g12ec", "cpsc2018"})
+    assert (task.cap_per_epoch == 0.1) == (name == "tuab")
 
 
 def test_unscored_epoch_never_becomes_a_class():
