@@ -1,159 +1,211 @@
-"""Publishing a bundle to a model hub and fetching one: one commit, one tag, nothing half done.
+"""Publishing a bundle: to a model hub in one commit and one tag, or to a store as one folder; nothing half done.
 
 `upload_folder` may split into several commits of which only the first is guarded, so a bundle goes up in one
-`create_commit` on the head that was seen; a tag then names the commit. Run again after a failure: what is there
-already is not sent again, and a bundle that is published already is left as it is.
+`create_commit` on the head that was seen; a tag then names the commit. What counts is never an answer but what the hub
+has: before and after each step its tree is held against the bundle. So run again after a failure, the command sends
+only what is missing, an answer that was lost does no harm, and a bundle that is published already is left as it is.
 """
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, metadata_load
+from huggingface_hub.errors import HfHubHTTPError
 
-from adapters.layout import MANIFEST_FILE, bundle_files, chosen_tasks, read_manifest, verify_bundle
+from adapters.hub import ANYBODY, CLIENT_ERRORS, REPO, TAG, Access, explain, explained, is_unreachable
+from adapters.layout import CARD_FILE, MANIFEST_FILE, verify_bundle
+from adapters.store import put_version
 from manifests.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-KEPT_ON_HUB = (".gitattributes",)
-COMMIT_LENGTH = 40
-HINTS = {
-    401: "give a token with write access (HF_TOKEN or `hf auth login`)",
-    403: "the token may not write there; use one that may",
-    404: "no such repository or revision, or the token may not see it",
-    409: "it exists already with other content; choose another tag",
-    412: "somebody committed meanwhile; look at the repository and run the command again",
-}
+KEPT_ON_HUB = frozenset({".gitattributes"})
+CONFLICT, STALE_PARENT = 409, 412
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """Where a bundle went, or in a dry run would go; then `commit` is None."""
+    """Where a bundle went, or in a dry run would go.
 
-    repo_id: str
+    Attributes:
+        target: `owner/name`, or the URL of a store's folder.
+        tag: Name of the version.
+        files: Every file of the bundle with its bytes.
+        licence: Of the weights, as the bundle states it.
+        is_private: Visibility on the hub; None for a store, whose own rights hold.
+        commit: Commit on the hub; None in a dry run and for a store.
+        uploaded: Files of the new commit, or written to the store; none where all was there.
+        deleted: Files of an earlier bundle that the new commit removes.
+    """
+
+    target: str
     tag: str
-    commit: str | None
-    uploaded: tuple[str, ...]
-    deleted: tuple[str, ...]
+    files: Mapping[str, int]
+    licence: str
+    is_private: bool | None
+    commit: str | None = None
+    uploaded: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
 
 
 def publish(
     bundle_dir: Path | str,
-    repo_id: str,
+    target: str,
     *,
-    endpoint: str | None = None,
-    token: str | None = None,
-    private: bool = True,
     tag: str | None = None,
+    private: bool = True,
     dry_run: bool = False,
+    access: Access = ANYBODY,
+    progress: Callable[[int], None] | None = None,
 ) -> Publication:
-    """Publish a bundle as one tagged commit.
+    """Publish a bundle as one immutable version.
 
     Args:
-        bundle_dir: A bundle; every file is checked before the first request.
-        repo_id: `owner/name` of a model repository, created if there is none.
-        endpoint: URL of the hub; None = the client's own.
-        token: Access token; None = the one the client has stored.
-        private: Visibility. A repository that exists with the other one is refused, not changed.
+        bundle_dir: A bundle; its files and its licence are checked before the first request.
+        target: `owner/name` of a model repository, created if there is none; or the URL of a folder (any fsspec
+            store), in which each version is a folder.
         tag: Name of this version; None = `bundle-` and the first digits of the SHA-256 of `bundle.json`.
-        dry_run: Check the bundle and list the files; no request.
+        private: Visibility on the hub. A repository that exists with the other one is refused, not changed.
+        dry_run: Check the bundle and say what would be sent; no request.
+        access: The hub and the token.
+        progress: For a store: called with the bytes of each file that is done. The hub's client draws its own bars.
 
     Raises:
         ContractError: The bundle is not whole.
-        ConfigError: The hub refuses: rights, visibility, a tag with other content, a commit in between.
+        ConfigError: Its licence does not allow it, or the target refuses: rights, visibility, a tag with other content,
+            a commit in between.
     """
     bundle_dir = Path(bundle_dir)
-    manifest = verify_bundle(bundle_dir)
-    files = (MANIFEST_FILE, *manifest.files)
-    content = (bundle_dir / MANIFEST_FILE).read_bytes()
-    tag = tag or f"bundle-{hashlib.sha256(content).hexdigest()[:12]}"
+    plan = _plan(bundle_dir, target, tag=tag, private=private)
     if dry_run:
-        return Publication(repo_id=repo_id, tag=tag, commit=None, uploaded=files, deleted=())
-    api = HfApi(endpoint=endpoint, token=token)
-    with _explained(f"{repo_id}: create"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        return plan
+    if plan.is_private is not None:
+        return _publish_to_hub(bundle_dir, plan, access.api())
+    return replace(plan, uploaded=put_version(bundle_dir, target, plan.tag, list(plan.files), progress=progress))
+
+
+def _plan(bundle_dir: Path, target: str, *, tag: str | None, private: bool) -> Publication:
+    """What would be sent, all that can be checked here checked."""
+    is_store = "://" in target
+    if not is_store and not REPO.fullmatch(target):
+        raise ConfigError(f"{target}: give OWNER/NAME of a repository on the hub, or a URL such as s3://bucket/folder")
+    if tag is not None and not TAG.fullmatch(tag):
+        raise ConfigError(f"tag {tag!r}: give letters, digits and . _ -, e.g. v1.0.0; 40 hex digits would be a commit")
+    manifest = verify_bundle(bundle_dir)
+    content = (bundle_dir / MANIFEST_FILE).read_bytes()
+    return Publication(
+        target=target,
+        tag=tag or f"bundle-{hashlib.sha256(content).hexdigest()[:12]}",
+        files={MANIFEST_FILE: len(content)} | {name: entry.size for name, entry in manifest.files.items()},
+        licence=str((metadata_load(bundle_dir / CARD_FILE) or {}).get("license", "not stated")),
+        is_private=None if is_store else private,
+    )
+
+
+def _publish_to_hub(bundle_dir: Path, plan: Publication, api: HfApi) -> Publication:
+    repo_id, tag = plan.target, plan.tag
+    with explained(f"{repo_id}: create"):
+        api.create_repo(repo_id, private=bool(plan.is_private), exist_ok=True)
         info = api.model_info(repo_id)
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-    if info.private is not private:
+        refs = api.list_repo_refs(repo_id)
+    if info.private is not plan.is_private:
+        is_now, asked = ("private", "public") if info.private else ("public", "private")
         raise ConfigError(
-            f"{repo_id}: is {'private' if info.private else 'public'}, {'private' if private else 'public'} was asked "
-            "for; change it on the hub or ask for what it is"
+            f"{repo_id}: is {is_now}, {asked} was asked for; nothing was sent. Change it there or ask for what it is"
         )
+    if tag in {ref.name for ref in refs.branches}:
+        raise ConfigError(f"{repo_id}: {tag} is the name of a branch; choose another tag")
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
     if tag in tags:
-        with _explained(f"{repo_id}: read tag {tag}"):
-            published = Path(api.hf_hub_download(repo_id, MANIFEST_FILE, revision=tags[tag])).read_bytes()
-        if published != content:
-            raise ConfigError(f"{repo_id}: tag {tag} names another bundle; choose another tag")
-        logger.info("%s: this bundle is published already as %s", repo_id, tag)
-        return Publication(repo_id=repo_id, tag=tag, commit=tags[tag], uploaded=(), deleted=())
-    present = {item.rfilename for item in info.siblings or ()}
-    deleted = tuple(sorted(present - set(files) - set(KEPT_ON_HUB)))
-    operations = [CommitOperationAdd(name, str(bundle_dir / name)) for name in files]
-    with _explained(f"{repo_id}: commit on {info.sha}"):
+        _check_tag(api, bundle_dir, plan, tags[tag])
+        return replace(plan, commit=tags[tag])
+    head = str(info.sha)
+    deleted = tuple(sorted({item.rfilename for item in info.siblings or ()} - set(plan.files) - KEPT_ON_HUB))
+    if _holds(api, repo_id, head, bundle_dir):
+        logger.info("%s: the files are there already as commit %s", repo_id, head)
+        done = replace(plan, commit=head)
+    else:
+        commit = _commit(api, bundle_dir, plan, head=head, deleted=deleted)
+        done = replace(plan, commit=commit, uploaded=tuple(plan.files), deleted=deleted)
+    _create_tag(api, bundle_dir, done)
+    return done
+
+
+def _commit(api: HfApi, bundle_dir: Path, plan: Publication, *, head: str, deleted: tuple[str, ...]) -> str:
+    """Commit of the bundle on `head`, sent or, where only its answer was lost, found."""
+    repo_id = plan.target
+    operations = [CommitOperationAdd(name, str(bundle_dir / name)) for name in plan.files]
+    logger.info("%s: sending %d files, %.1f MB", repo_id, len(plan.files), sum(plan.files.values()) / 1e6)
+    try:
         commit = api.create_commit(
             repo_id,
             [*operations, *(CommitOperationDelete(name) for name in deleted)],
-            commit_message=f"Publish {tag}: {', '.join(manifest.tasks)}",
-            parent_commit=info.sha,
+            commit_message=f"Publish {plan.tag}",
+            parent_commit=head,
+        ).oid
+    except CLIENT_ERRORS as error:
+        # A commit whose answer was lost must not be made twice; another publisher may have sent the same bundle.
+        found = _landed(api, repo_id, head, bundle_dir) if _may_have_landed(error) else None
+        if found is None:
+            raise explain(f"{repo_id}: commit on {head}", error) from error
+        logger.info("%s: the answer to the commit was lost, but it is there as %s", repo_id, found)
+        return found
+    if not _holds(api, repo_id, commit, bundle_dir):
+        raise ConfigError(
+            f"{repo_id}: commit {commit} is not this bundle: somebody committed meanwhile, or .gitignore there leaves "
+            "files out; it was not tagged. Look at the repository and run the command again"
         )
-    with _explained(f"{repo_id}: tag {tag}"):
-        api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return Publication(repo_id=repo_id, tag=tag, commit=commit.oid, uploaded=files, deleted=deleted)
+    return commit
 
 
-def fetch_bundle(
-    repo_id: str,
-    revision: str,
-    *,
-    tasks: Sequence[str] | None = None,
-    endpoint: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | str | None = None,
-) -> Path:
-    """Folder of a published bundle, fetched and checked; ready for `load_bundle`.
-
-    Args:
-        repo_id: `owner/name` of the repository.
-        revision: Tag, branch or commit. A commit that was fetched before needs no request.
-        tasks: Fetch only what these need; None = all.
-        endpoint: URL of the hub; None = the client's own.
-        token: Access token; None = the one the client has stored.
-        cache_dir: The client's cache; None = its usual place.
-
-    Raises:
-        ContractError: What came is not a whole bundle.
-        ConfigError: The hub has no such repository or revision, or refuses.
-    """
-    api = HfApi(endpoint=endpoint, token=token)
-    with _explained(f"{repo_id}@{revision}: fetch"):
-        # Resolved once, so that a tag moved in between cannot mix two bundles.
-        is_commit = len(revision) == COMMIT_LENGTH and set(revision) <= set("0123456789abcdef")
-        commit = revision if is_commit else str(api.model_info(repo_id, revision=revision).sha)
-        file = Path(api.hf_hub_download(repo_id, MANIFEST_FILE, revision=commit, cache_dir=cache_dir))
-        manifest = read_manifest(file.parent)
-        for name in bundle_files(chosen_tasks(manifest, tasks)):
-            api.hf_hub_download(repo_id, name, revision=commit, cache_dir=cache_dir)
-    verify_bundle(file.parent, tasks)
-    return file.parent
+def _may_have_landed(error: BaseException) -> bool:
+    is_stale = isinstance(error, HfHubHTTPError) and error.response.status_code == STALE_PARENT
+    return is_stale or is_unreachable(error)
 
 
-@contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """Errors of the hub as ConfigError with what to do."""
+def _landed(api: HfApi, repo_id: str, head: str, bundle_dir: Path) -> str | None:
+    """The commit after `head` that is this bundle; None where there is none, or the hub does not say."""
     try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        said = error.server_message or str(error).splitlines()[0]
-        hint = HINTS.get(status, "try again later; the same command goes on where it stopped")
-        raise ConfigError(f"{doing}: the hub answers {status} ({said}); {hint}") from error
-    except HFValidationError as error:
-        raise ConfigError(f"{doing}: {error}") from error
-    except httpx2.HTTPError as error:
-        raise ConfigError(f"{doing}: no answer from the hub ({error}); look at the network and --endpoint") from error
+        for item in api.list_repo_commits(repo_id):
+            if item.commit_id == head:
+                return None
+            if _holds(api, repo_id, item.commit_id, bundle_dir):
+                return item.commit_id
+    except (HfHubHTTPError, httpx2.HTTPError, ConfigError) as error:
+        logger.info("%s: whether the commit is there cannot be told now (%s)", repo_id, type(error).__name__)
+    return None
+
+
+def _holds(api: HfApi, repo_id: str, commit: str, bundle_dir: Path) -> bool:
+    """Whether a commit is the bundle, file by file."""
+    with explained(f"{repo_id}: compare with commit {commit}"):
+        found = api.verify_repo_checksums(repo_id, revision=commit, local_dir=bundle_dir)
+    changed = {item["path"] for item in found.mismatches}
+    return not (changed | set(found.missing_paths) | set(found.extra_paths)) - KEPT_ON_HUB
+
+
+def _create_tag(api: HfApi, bundle_dir: Path, done: Publication) -> None:
+    repo_id = done.target
+    try:
+        api.create_tag(repo_id, tag=done.tag, revision=str(done.commit))
+    except CLIENT_ERRORS as error:
+        conflict = isinstance(error, HfHubHTTPError) and error.response.status_code == CONFLICT
+        if not conflict and not is_unreachable(error):
+            raise explain(f"{repo_id}: tag {done.tag}", error) from error
+        try:
+            found = next((ref.target_commit for ref in api.list_repo_refs(repo_id).tags if ref.name == done.tag), None)
+        except CLIENT_ERRORS:
+            found = None
+        if found is None:
+            raise explain(f"{repo_id}: tag {done.tag}", error) from error
+        _check_tag(api, bundle_dir, done, found)
+
+
+def _check_tag(api: HfApi, bundle_dir: Path, plan: Publication, commit: str) -> None:
+    if not _holds(api, plan.target, commit, bundle_dir):
+        raise ConfigError(f"{plan.target}: tag {plan.tag} names another bundle, commit {commit}; choose another tag")
+    logger.info("%s: this bundle is there already as %s", plan.target, plan.tag)

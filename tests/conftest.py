@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from upath import UPath
@@ -29,15 +31,21 @@ def shared_data() -> Path:
     return folder
 
 
+def load_beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @pytest.fixture
 def serve_files() -> Iterator[Callable[[dict[str, bytes]], Any]]:
     """Function that serves files by path on loopback until the test ends; it returns a `fileserver.FileServer`."""
-    spec = importlib.util.spec_from_file_location("fileserver", Path(__file__).with_name("fileserver.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    fileserver = importlib.util.module_from_spec(spec)
-    sys.modules["fileserver"] = fileserver
-    spec.loader.exec_module(fileserver)
+    fileserver = load_beside("fileserver")
     with ExitStack() as running:
 
         def serve(files: dict[str, bytes]) -> Any:
@@ -47,6 +55,31 @@ def serve_files() -> Iterator[Callable[[dict[str, bytes]], Any]]:
             return server
 
         yield serve
+
+
+@pytest.fixture
+def start_hub() -> Iterator[Callable[..., Any]]:
+    """Function that starts a model hub on loopback, a `hubserver.Hub`, which ends with the test or by `stop()`."""
+    with ExitStack() as running:
+
+        def start(**options: Any) -> Any:
+            server = running.enter_context(load_beside("hubserver").Hub(**options))
+            running.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def hub(start_hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A hub in LFS mode; this process' client has an empty cache, no login, and does not wait before it tries again."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    return start_hub()
 
 
 @pytest.fixture(scope="module")
