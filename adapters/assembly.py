@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -75,7 +76,7 @@ class Draft:
 def draft_of_run(result: AdaptResult, reference: Reference | None = None) -> Draft:
     """Draft of a finished run; with a reference the weights of the base stay on the hub."""
     encoder, weights = base_of(Path(result.config.encoder), keep_header=reference is not None)
-    model = result.model.cpu().eval()
+    model = result.adapters().cpu().eval()
     shared = save({name: tensor.contiguous() for name, tensor in model.shared.state_dict().items()})
     pretrained = load_encoder(Path(result.config.encoder)).get_submodule(SHARED).state_dict()
     is_frozen = all(torch.equal(tensor, pretrained[name]) for name, tensor in model.shared.state_dict().items())
@@ -113,7 +114,7 @@ def task_parts(
 ) -> tuple[dict[str, TaskRecord], dict[str, bytes]]:
     """Records and files of the tasks of a run."""
     facts = training_facts(result.config, result.run_dir, kept_step=result.kept_step)
-    model = result.model
+    model = result.adapters()
     records: dict[str, TaskRecord] = {}
     files: dict[str, bytes] = {}
     for name, task in result.tasks.items():
@@ -139,7 +140,7 @@ def task_parts(
 
 
 def _peft_config(result: AdaptResult, task: str) -> bytes:
-    config = peft_config(result.model.lora[task])
+    config = peft_config(result.adapters().lora[task])
     config.inference_mode = True
     config.base_model_name_or_path = "../../base"
     return (json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True) + "\n").encode()
@@ -196,8 +197,7 @@ def write_draft(draft: Draft, folder: Path) -> Manifest:
     files[CARD_FILE] = card_text(
         draft.card, draft.records, base=draft.base, encoder=draft.encoder, sizes={n: len(c) for n, c in files.items()}
     ).encode()
-    for path, content in files.items():
-        write_atomically(folder / path, content)
+    save_files(folder, files)
     manifest = Manifest(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
@@ -216,6 +216,12 @@ def write_draft(draft: Draft, folder: Path) -> Manifest:
     manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
     return manifest
+
+
+def save_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by their path in a folder."""
+    for path, content in files.items():
+        write_atomically(folder / path, content)
 
 
 def free_folder(directory: Path) -> Path:

@@ -11,11 +11,11 @@ from adapters.layout import FIGURE_FILE, SHARED_FILE, Base, TaskRecord, task_fil
 from adapters.licences import UNKNOWN, terms_of
 from adapters.provenance import hours_of, sources_of
 from manifests.recipes import NATIVE, KindRule
-from trainer.evaluation.bootstrap import MIN_SUBJECTS
 from trainer.evaluation.scores import METRICS
 from trainer.export import EncoderCard
 
 SHOWN_CHANNELS = 16
+FEW_SUBJECTS = 10
 NOT_CLINICAL = (
     "**Not for clinical use.** This is not a medical device. It must not be used for diagnosis, treatment or "
     "monitoring. How well it works on other devices, montages, ages and diseases than those of the corpora below is "
@@ -38,9 +38,9 @@ def card_text(
     sections = [
         f"---\n{_front_matter(card, records, base)}\n---\n",
         f"# {card.title}\n",
-        f"{_count(len(records), 'task')} on one frozen encoder of EEG, ECG and sleep recordings: a LoRA adapter and a "
-        "head each, and a temporal encoder that they share. The folder holds safetensors, JSON and this page, no "
-        "pickles; every file is checked against its SHA-256 before it is used.\n",
+        f"{_count(len(records), 'task')} on one frozen encoder of EEG, ECG and sleep recordings: an adapter and a head "
+        "each, and a temporal encoder that they share. The folder holds safetensors, JSON and this page, no pickles; "
+        "every file is checked against its SHA-256 before it is used.\n",
         f"![Metrics of each task with their intervals]({FIGURE_FILE})\n",
         *_overview(records, sizes),
         "## What it is for, and what not\n",
@@ -173,7 +173,7 @@ def _score_table(split: str, scores: dict[str, Any]) -> list[str]:
         for metric, entry in scores["metrics"].items()
     ]
     support = ", ".join(f"{label} {count}" for label, count in scores["support"].items())
-    few = f"; from fewer than {MIN_SUBJECTS} it is too narrow" if scores["subjects"] < MIN_SUBJECTS else ""
+    few = "; from so few it is too narrow" if scores["subjects"] < FEW_SUBJECTS else ""
     return [
         f"{split}: {_count(scores['n'], 'window')} of {_count(scores['subjects'], 'subject')} ({support}). The "
         f"interval (95 %) resamples subjects{few}.\n",
@@ -193,8 +193,10 @@ def _data_lines(record: TaskRecord) -> list[str]:
             f"* {split}: {facts['windows']:,} windows ({hours[split]:g} h), {_count(facts['subjects'], 'subject')}"
             f"{f' ({parts})' if parts else ''}, split digest `{facts['digest'][:16]}`; left out: {left_out}"
         )
-    for split, seen in (record.data.get("pretrain_seen") or {}).items():
-        lines.append(f"* Pretraining and the {split} split: {seen['sentence']}")
+    seen = {split: found["sentence"] for split, found in record.data["pretrain_seen"].items()}
+    for text in dict.fromkeys(seen.values()):
+        splits = " and ".join(split for split in seen if seen[split] == text)
+        lines.append(f"* Persons of {splits} that pretraining saw: {text}")
     snapshots = ", ".join(f"`{digest[:16]}`" for digest in record.data["snapshots"])
     code, settings = record.provenance["code"], record.provenance["settings"]
     lines.append(f"* Snapshots: {snapshots}")

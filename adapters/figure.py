@@ -12,7 +12,7 @@ from adapters.layout import TaskRecord
 from trainer.evaluation.figures import BLUE, FAINT, GREEN, INK, LINE
 from trainer.evaluation.scores import METRICS
 
-WIDTH_IN, ROW_IN, TITLE_IN, FOOT_IN = 8.6, 0.27, 0.62, 0.42  # inches
+WIDTH_IN, ROW_IN, TITLE_IN, FOOT_IN = 8.6, 0.27, 0.5, 0.48  # inches
 DPI = 110
 
 
@@ -42,8 +42,8 @@ def draw_records(records: Mapping[str, TaskRecord]) -> bytes:
             figure.text(0.98, (top - 0.16) / total, f"{split}: {few}", color=FAINT, fontsize=8.5, ha="right", va="top")
             bottom, tall = top - height + FOOT_IN, height - TITLE_IN - FOOT_IN
             metrics = {METRICS[metric]: entry for metric, entry in scores["metrics"].items()}
-            for left, rows, colour in ((0.19, metrics, BLUE), (0.66, _recalls(record, scores), GREEN)):
-                axes = figure.add_axes((left, bottom / total, 0.31, tall / total))
+            for left, rows, colour in ((0.18, metrics, BLUE), (0.66, _recalls(record, scores), GREEN)):
+                axes = figure.add_axes((left, bottom / total, 0.27, tall / total))
                 _draw_rows(axes, rows, colour=colour, label="" if colour == BLUE else _recall_name(record))
             top -= height
         buffer = io.BytesIO()

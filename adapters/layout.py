@@ -65,7 +65,24 @@ class Reference(_Strict):
     filename: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*\.safetensors$")] = "encoder.safetensors"
 
     def __str__(self) -> str:
-        return f"{self.repo_id}@{self.revision}/{self.filename}"
+        return f"{self.repo_id}@{self.revision}:{self.filename}"
+
+
+def parse_reference(text: str) -> Reference:
+    """Reference written as `OWNER/NAME@COMMIT`, with `:FILE` where it is not encoder.safetensors.
+
+    Raises:
+        ConfigError: Anything else, also a tag: what a tag names may change.
+    """
+    place, _, filename = text.partition(":")
+    repo_id, _, revision = place.rpartition("@")
+    names = {"filename": filename} if filename else {}
+    try:
+        return Reference.model_validate({"repo_id": repo_id, "revision": revision, **names})
+    except ValidationError:
+        raise ConfigError(
+            f"base {text!r}: give OWNER/NAME@COMMIT[:FILE.safetensors] with all 40 digits of the commit; tags can move"
+        ) from None
 
 
 class Base(_Strict):

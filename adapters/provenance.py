@@ -9,10 +9,10 @@ import pandas as pd
 
 from adapters.config import AdaptConfig
 from adapters.data import TaskData
-from adapters.layout import TaskRecord
-from adapters.licences import Source
+from adapters.layout import BASE_CARD, Manifest, TaskRecord, read_record
+from adapters.licences import Source, check_publication
 from trainer.evaluation.seen import pretrain_seen, pretraining_of, sentence
-from trainer.export import EncoderCard
+from trainer.export import EncoderCard, read_card
 
 SCORED = ("val", "test")
 # Names of folders and how often something is logged: nobody else's business, and no part of what was computed.
@@ -63,3 +63,15 @@ def sources_of(card: EncoderCard, records: Mapping[str, TaskRecord]) -> list[Sou
     corpora = {corpus: facts for record in records.values() for corpus, facts in record.data["corpora"].items()}
     sources += [Source(role="corpus", name=name, licence=facts.get("licence")) for name, facts in corpora.items()]
     return sources
+
+
+def check_rights(bundle_dir: Path, manifest: Manifest, *, is_public: bool, is_confirmed: bool) -> list[str]:
+    """Whether a verified bundle may be published; sentences that its publisher should read.
+
+    Raises:
+        ConfigError: It holds changed weights of a base without derivatives, or terms that nobody has confirmed.
+    """
+    records = {name: read_record(bundle_dir, name, manifest) for name in manifest.tasks}
+    sources = sources_of(read_card(bundle_dir / Path(BASE_CARD).parent), records)
+    is_changed = manifest.temporal == "trained"
+    return check_publication(sources, is_base_changed=is_changed, is_public=is_public, is_confirmed=is_confirmed)

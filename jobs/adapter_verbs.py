@@ -15,6 +15,9 @@ def adapt(
     config: Path = ConfigPath,
     overrides: list[str] = Overrides,
     bundle: Path | None = typer.Option(None, help="Write a bundle here when the run is finished."),
+    base: str | None = typer.Option(
+        None, help="OWNER/NAME@COMMIT of the encoder on the hub; the bundle then refers to it instead of holding it."
+    ),
 ) -> None:
     """Train one LoRA adapter and one head per task on a frozen encoder. Run the same command again to resume.
 
@@ -24,6 +27,7 @@ def adapt(
     """
     from adapters.bundle import write_bundle
     from adapters.config import AdaptConfig
+    from adapters.layout import parse_reference
     from jobs.learn import learn_adapters
     from trainer.collectives import rank
 
@@ -32,7 +36,7 @@ def adapt(
         return  # under torchrun one rank speaks for all
     show_task_scores(result.scores)
     if bundle is not None:
-        write_bundle(result, bundle)
+        write_bundle(result, bundle, base=parse_reference(base) if base else None)
         console.print(f"bundle: {bundle}. Next: kymo predict {bundle} FILE.edf")
 
 
