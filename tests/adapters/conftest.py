@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 from adapters.bundle import write_bundle
 from adapters.config import AdaptConfig
@@ -21,6 +24,7 @@ from trainer import tiny
 from trainer.export import save_encoder
 from trainer.models.build import build_encoder
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
+from trainer.pretrained_on import PretrainedOn
 
 RATE_HZ = 32
 SECONDS = 8
@@ -42,6 +46,10 @@ RECIPES = {
 CHANNELS = {"staged": {"eeg": ("eeg:C3-M2", "eeg:C4-M1"), "ecg": ("ecg:II",)}, "coded": {"ecg": ("ecg:II",)}}
 
 
+def subject_name(corpus: str, subject: int) -> str:
+    return hashlib.sha256(f"{corpus}/{subject}".encode()).hexdigest()[:12]
+
+
 def make_sample(
     corpus: str, *, subject: int, window: int, recipe: str, split: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -61,7 +69,7 @@ def make_sample(
         signal_CT = np.stack([wave + 0.2 * rng.standard_normal(len(seconds)) for _ in symbols])
         members[f"{kind}.npy"] = npy_bytes(np.round(signal_CT / tiny.SCALE).astype(np.int16))
         ucs[kind] = [tiny._tag(symbol, row, rate_hz=RATE_HZ) for row, symbol in enumerate(symbols)]
-    name = hashlib.sha256(f"{corpus}/{subject}".encode()).hexdigest()[:12]
+    name = subject_name(corpus, subject)
     meta = {
         "key": f"{corpus}-{name}-{window:06d}",
         "corpus": corpus,
@@ -125,12 +133,34 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs `function(rank, port, *arguments)` in `world` processes and raises what one of them raised.
+
+    The processes are forked from one that has imported already what takes each of them ten seconds.
+    """
+    get_context("forkserver").set_forkserver_preload(["adapters.train", "adapters.zero"])
+
+    def run(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported encoder with fresh weights."""
     folder = tmp_path_factory.mktemp("encoder")
-    save_encoder(
-        folder / "encoder", tiny_encoder(), recipes={r.id: r.model_dump(mode="json") for r in RECIPES.values()}, step=7
+    facts = PretrainedOn(
+        split="train",
+        snapshots=["0" * 64],
+        corpora={"staged": {"title": "Tiny staged", "licence": "CC0-1.0", "windows": 96, "hours": 0.2, "subjects": 4}},
+        subjects={"staged": [subject_name("staged", subject) for subject in (0, 1, 4, 6)]},
     )
+    recipes = {r.id: r.model_dump(mode="json") for r in RECIPES.values()}
+    save_encoder(folder / "encoder", tiny_encoder(), recipes=recipes, step=7, licence="CC-BY-4.0", pretrained_on=facts)
     return folder / "encoder"
 
 

@@ -9,7 +9,6 @@ from adapters.checkpoint import copy_trainable, folder
 from adapters.evaluate import evaluate
 from adapters.rows import CLOCK
 from adapters.train import adapt
-from adapters.update import rate_factor
 from manifests.errors import ConfigError
 from trainer.export import load_encoder
 
@@ -129,11 +128,3 @@ def test_label_without_training_windows_is_refused(make_config, snapshots, task_
 def test_task_whose_kind_the_recipe_lacks_is_refused(make_config, snapshots):
     with pytest.raises(ConfigError, match="needs eeg, recipe tiny_ecg has ecg"):
         adapt(make_config(tasks=[{"task": "sleep_staging", "snapshots": [str(snapshots["coded"])]}]))
-
-
-def test_learning_rate_warms_up_and_decays():
-    factors = [rate_factor(step, steps=100, warmup=10) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == pytest.approx(1.0)
-    assert factors[-1] < 0.06
-    assert factors[10:] == sorted(factors[10:], reverse=True)
