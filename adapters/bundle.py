@@ -20,6 +20,7 @@ from adapters.layout import (
     verify_bundle,
 )
 from adapters.model import MultiTaskModel, load_strict
+from adapters.source import bundle_folder
 from adapters.train import AdaptResult
 from manifests.errors import ContractError
 from manifests.recipes import Recipe
@@ -49,19 +50,20 @@ class Bundle:
         return groups
 
 
-def load_bundle(path: Path | str, tasks: Sequence[str] | None = None, *, access: Access = ANYBODY) -> Bundle:
+def load_bundle(source: Path | str, tasks: Sequence[str] | None = None, *, access: Access = ANYBODY) -> Bundle:
     """Bundle ready to predict, its logits on the conformance input checked.
 
     Args:
-        path: Folder of the bundle; files of other tasks than those asked for may be absent.
+        source: Folder of the bundle, `OWNER/NAME@VERSION` on the hub, or `URL@VERSION`; files of other tasks than those
+            asked for may be absent.
         tasks: Tasks to load; None = all.
-        access: The hub, for a base that is a reference.
+        access: The hub and the cache.
 
     Raises:
         ContractError: Anything that is not as `bundle.json` says, or logits that differ by more than 1e-4.
-        ConfigError: The hub does not give the base.
+        ConfigError: There is no such bundle, or the hub does not give it or its base.
     """
-    path = Path(path)
+    path = bundle_folder(source, tasks, access=access)
     manifest = verify_bundle(path, tasks)
     chosen = chosen_tasks(manifest, tasks)
     records = {name: read_record(path, name, manifest) for name in chosen}

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from adapters.hub import ANYBODY, CLIENT_ERRORS, REPO, TAG, Access, explain, explained, is_unreachable
 from adapters.layout import CARD_FILE, MANIFEST_FILE, verify_bundle
+from adapters.provenance import check_rights
 from adapters.store import put_version
 from manifests.errors import ConfigError
 
@@ -36,7 +37,8 @@ class Publication:
         tag: Name of the version.
         files: Every file of the bundle with its bytes.
         licence: Of the weights, as the bundle states it.
-        is_private: Visibility on the hub; None for a store, whose own rights hold.
+        rights: What the publisher should read about the licences of base and corpora.
+        is_private: Visibility on the hub; for a store, whose own rights hold, what the publisher says.
         commit: Commit on the hub; None in a dry run and for a store.
         uploaded: Files of the new commit, or written to the store; none where all was there.
         deleted: Files of an earlier bundle that the new commit removes.
@@ -46,7 +48,8 @@ class Publication:
     tag: str
     files: Mapping[str, int]
     licence: str
-    is_private: bool | None
+    rights: tuple[str, ...]
+    is_private: bool
     commit: str | None = None
     uploaded: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()
@@ -58,6 +61,7 @@ def publish(
     *,
     tag: str | None = None,
     private: bool = True,
+    confirm_rights: bool = False,
     dry_run: bool = False,
     access: Access = ANYBODY,
     progress: Callable[[int], None] | None = None,
@@ -69,7 +73,10 @@ def publish(
         target: `owner/name` of a model repository, created if there is none; or the URL of a folder (any fsspec
             store), in which each version is a folder.
         tag: Name of this version; None = `bundle-` and the first digits of the SHA-256 of `bundle.json`.
-        private: Visibility on the hub. A repository that exists with the other one is refused, not changed.
+        private: Visibility on the hub. A repository that exists with the other one is refused, not changed. A store
+            has rights of its own; say False where everybody may read it.
+        confirm_rights: The publisher holds the rights, or has the consent of those who do; asked for where a licence of
+            base or corpora leaves a doubt and everybody may read it.
         dry_run: Check the bundle and say what would be sent; no request.
         access: The hub and the token.
         progress: For a store: called with the bytes of each file that is done. The hub's client draws its own bars.
@@ -80,18 +87,17 @@ def publish(
             a commit in between.
     """
     bundle_dir = Path(bundle_dir)
-    plan = _plan(bundle_dir, target, tag=tag, private=private)
+    plan = _plan(bundle_dir, target, tag=tag, private=private, confirm_rights=confirm_rights)
     if dry_run:
         return plan
-    if plan.is_private is not None:
-        return _publish_to_hub(bundle_dir, plan, access.api())
-    return replace(plan, uploaded=put_version(bundle_dir, target, plan.tag, list(plan.files), progress=progress))
+    if "://" in target:
+        return replace(plan, uploaded=put_version(bundle_dir, target, plan.tag, list(plan.files), progress=progress))
+    return _publish_to_hub(bundle_dir, plan, access.api())
 
 
-def _plan(bundle_dir: Path, target: str, *, tag: str | None, private: bool) -> Publication:
+def _plan(bundle_dir: Path, target: str, *, tag: str | None, private: bool, confirm_rights: bool) -> Publication:
     """What would be sent, all that can be checked here checked."""
-    is_store = "://" in target
-    if not is_store and not REPO.fullmatch(target):
+    if "://" not in target and not REPO.fullmatch(target):
         raise ConfigError(f"{target}: give OWNER/NAME of a repository on the hub, or a URL such as s3://bucket/folder")
     if tag is not None and not TAG.fullmatch(tag):
         raise ConfigError(f"tag {tag!r}: give letters, digits and . _ -, e.g. v1.0.0; 40 hex digits would be a commit")
@@ -102,14 +108,15 @@ def _plan(bundle_dir: Path, target: str, *, tag: str | None, private: bool) -> P
         tag=tag or f"bundle-{hashlib.sha256(content).hexdigest()[:12]}",
         files={MANIFEST_FILE: len(content)} | {name: entry.size for name, entry in manifest.files.items()},
         licence=str((metadata_load(bundle_dir / CARD_FILE) or {}).get("license", "not stated")),
-        is_private=None if is_store else private,
+        rights=tuple(check_rights(bundle_dir, manifest, is_public=not private, is_confirmed=confirm_rights)),
+        is_private=private,
     )
 
 
 def _publish_to_hub(bundle_dir: Path, plan: Publication, api: HfApi) -> Publication:
     repo_id, tag = plan.target, plan.tag
     with explained(f"{repo_id}: create"):
-        api.create_repo(repo_id, private=bool(plan.is_private), exist_ok=True)
+        api.create_repo(repo_id, private=plan.is_private, exist_ok=True)
         info = api.model_info(repo_id)
         refs = api.list_repo_refs(repo_id)
     if info.private is not plan.is_private:
