@@ -164,7 +164,7 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
 
 def status(
-    folder: str = typer.Argument(help="Output folder of kymo convert, or a run folder of kymo pretrain."),
+    folder: str = typer.Argument(help="Output of kymo convert, or run_dir or storage of kymo pretrain."),
     watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until it ends; Ctrl-C leaves it be."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
     as_json: bool = typer.Option(False, "--json", help="The whole state once, as JSON."),
@@ -174,11 +174,11 @@ def status(
     Example: kymo status demo/runs/sleep --watch
     """
     from engine import status as engine_status
-    from engine.storage import is_remote, location
+    from engine.storage import location
     from trainer import status as run_status
 
     place = location(folder)
-    is_run = not is_remote(place) and run_status.is_run(place)
+    is_run = run_status.is_run(place)
     if as_json:
         state = run_status.run_status(place).to_json() if is_run else asdict(engine_status.status(place))
         print(json.dumps(state, indent=1, default=str))

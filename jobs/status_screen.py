@@ -154,7 +154,7 @@ def run_headline(state: "RunStatus") -> Text:
         text.append(f", {workers} on {beat.host}{start}")
     if state.reason:
         text.append(f"\n{state.reason}")
-    if state.state in {"died", "failed", "stopped"}:
+    if state.state in {"died", "failed", "stopped", "elsewhere"}:
         text.append(f"\ngo on with: {state.resume}")
     return text
 

@@ -82,7 +82,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Mapping in a YAML file."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # a UPath stays one
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -22,6 +22,7 @@ from torch import distributed
 from manifests.errors import ConfigError, ContractError
 from trainer.collectives import rank, world_size
 from trainer.lock import Fence, claim
+from trainer.mirror import DAMAGED_FILE, MANIFEST_FILE
 from trainer.storage import (
     answering,
     create_exclusively,
@@ -35,9 +36,7 @@ from trainer.storage import (
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "MANIFEST.json"
 META_FILE = "meta.json"
-DAMAGED_FILE = "DAMAGED"  # in a store: why the checkpoint is passed over
 ATTEMPTS_FOLDER = "attempts"  # beside the folder of checkpoints
 _NAME = re.compile(r"(?:\.tmp-|damaged-)?step-(\d{9})-a(\d+)")
 State = Literal["committed", "unfinished", "damaged"]

@@ -13,7 +13,7 @@ SLOW_DATA = 0.05  # share of the time that a person should hear of
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """Rows of a run in the order of their steps; a half-written last row is left out."""
-    path = Path(run_dir) / METRICS_FILE
+    path = (Path(run_dir) if isinstance(run_dir, str) else run_dir) / METRICS_FILE  # a UPath stays one
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

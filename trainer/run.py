@@ -25,6 +25,7 @@ from trainer.export import read_card, save_encoder
 from trainer.lock import Fence
 from trainer.meter import Meter
 from trainer.metrics_writer import MetricsWriter
+from trainer.mirror import fetch, send
 from trainer.models.build import build_encoder
 from trainer.models.flops import training_flops
 from trainer.objectives.build import build_objective
@@ -66,6 +67,7 @@ class Run:
         self._order_digest = order_digest(config)
         self.run_dir = Path(config.run_dir).absolute()
         self.checkpoints = checkpoint_folder(config)
+        self._store = self.checkpoints.parent
         self.watchdog = watchdog
         self.fence = fence
         torch.manual_seed(config.seed)
@@ -98,6 +100,9 @@ class Run:
             num_threads=config.read_threads,
             prefetch=config.prefetch,
         )
+        if rank() == 0 and self._store != self.run_dir and self.saved is not None:
+            with answering(self._store):
+                fetch(self.run_dir, self._store)
         self.metrics = MetricsWriter(self.run_dir, step=self.progress.step, steps=config.steps, is_active=rank() == 0)
         self.evaluation: dict[str, float] = {}
         self._fresh_evaluation: dict[str, float] = {}
@@ -278,6 +283,9 @@ class Run:
             with answering(self.run_dir):
                 self._export(path)
             settings = self.config
+            if self._store != self.run_dir:
+                with answering(self._store):
+                    send(self.run_dir, self._store)
             collect_garbage(
                 self.checkpoints,
                 keep=settings.keep,

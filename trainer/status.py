@@ -15,12 +15,14 @@ import psutil
 from manifests.config import read_yaml
 from manifests.errors import ConfigError
 from trainer.metrics import read_metrics
-from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped
+from trainer.mirror import newest_stored
+from trainer.paths import CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped
+from trainer.storage import answering, is_remote, location
 from trainer.watchdog import BEAT_S, ENDED, Heartbeat, read_heartbeat
 
 STATES = (
     *("starting", "training", "evaluating", "saving", "stalled", "restarting"),
-    *("died", "failed", "stopped", "finished"),
+    *("died", "failed", "stopped", "finished", "elsewhere"),
 )
 _SILENT_S = 12 * BEAT_S  # a process that beats every 5 s is not just busy
 _STALL_FACTOR, _STALL_S = 20.0, 60.0  # times a usual step, and at least so long
@@ -34,7 +36,7 @@ class RunStatus:
     Attributes:
         run_dir: The folder.
         state: One of `STATES`. Stalled: it lives and makes no steps. Restarting: its workers are gone and the driver
-            is there. Died: nobody is there, and nobody said why.
+            is there. Died: nobody is there, and nobody said why. Elsewhere: only its store can be seen from here.
         reason: Why it failed, stalled or died.
         step: Optimizer steps done.
         steps: Steps of the whole run.
@@ -75,25 +77,36 @@ class RunStatus:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a pretraining run."""
+    """Whether a folder is that of a pretraining run, or the `storage` of one."""
     path = folder / CONFIG_FILE
-    return path.is_file() and {"objective", "run_dir"} <= read_yaml(path).keys()
+    with answering(folder):
+        return path.is_file() and {"objective", "run_dir"} <= read_yaml(path).keys()
 
 
 def run_status(run_dir: Path) -> RunStatus:
-    """State of a run.
+    """State of a run, from its folder; where nothing was ever trained in that, from its `storage`.
 
     Raises:
-        ConfigError: The folder holds no pretraining run.
+        ConfigError: The folder holds no pretraining run, or its store does not answer.
     """
     if not is_run(run_dir):
-        raise ConfigError(f"{run_dir}: holds no pretraining run; give the run_dir of one")
-    steps = int(read_yaml(run_dir / CONFIG_FILE)["steps"])
-    rows, beat, now = read_metrics(run_dir), read_heartbeat(run_dir), time.time()
+        raise ConfigError(f"{run_dir}: holds no pretraining run; give the run_dir or the storage of one")
+    config = read_yaml(run_dir / CONFIG_FILE)
+    beat = read_heartbeat(run_dir)  # it lies in the folder alone
+    store = run_dir if is_remote(run_dir) else location(config["storage"]) if config.get("storage") else None
+    is_elsewhere = beat is None and store is not None and (store == run_dir or not read_metrics(run_dir))
+    files = run_dir if store is None or not is_elsewhere else store
+    with answering(files):
+        rows, skipped = read_metrics(files), read_skipped(files)
+    with answering(store or run_dir):
+        checkpoint, committed = _newest_checkpoint(store or run_dir, beat)
+    steps, now = int(config["steps"]), time.time()
     row = rows[-1] if rows else {}
     step = max(int(row.get("step", 0)), 0 if beat is None else beat.step)
-    state, reason = _state(run_dir, beat, rows, steps=steps, now=now)
-    checkpoint, committed = _newest_checkpoint(run_dir, beat)
+    if is_elsewhere:
+        state, reason = _state_from_store(files, checkpoint, steps=steps)
+    else:
+        state, reason = _state(run_dir, beat, rows, steps=steps, now=now)
     evaluations = [{k[5:]: v for k, v in r.items() if k.startswith("eval_")} for r in rows]
     recent = rows[-_TREND_ROWS:]
     is_moving = state in {"training", "evaluating", "saving"}
@@ -109,7 +122,7 @@ def run_status(run_dir: Path) -> RunStatus:
         eta_s=max(0.0, row["eta_s"] - (now - row["time"])) if is_moving and "eta_s" in row else None,
         checkpoint=checkpoint,
         checkpoint_age_s=None if checkpoint is None else max(0.0, now - committed),
-        skipped=len([item for item in read_skipped(run_dir) if item["step"] <= step]),
+        skipped=len([item for item in skipped if item["step"] <= step]),
         spikes=sum("loss_spike" in r for r in rows),
         evaluation=next((values for values in reversed(evaluations) if values), {}),
         heartbeat=beat,
@@ -123,7 +136,7 @@ def watch(run_dir: Path, *, interval_s: float = 1.0) -> Iterator[RunStatus]:
         began = time.monotonic()
         state = run_status(run_dir)
         yield state
-        if state.state in ENDED or state.state == "died":
+        if state.state in ENDED or state.state in {"died", "elsewhere"}:
             return
         time.sleep(max(interval_s, 10 * (time.monotonic() - began)))  # a long run has many rows to read
 
@@ -160,13 +173,21 @@ def _trend(rows: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
     return (statistics.median(losses[:half]), statistics.median(losses[half:])) if half >= 2 else None
 
 
-def _newest_checkpoint(run_dir: Path, beat: Heartbeat | None) -> tuple[str | None, float]:
-    """Name of the newest checkpoint and when it was committed; rank 0 tells also of one in an object store."""
+def _state_from_store(store: Path, checkpoint: str | None, *, steps: int) -> tuple[str, str]:
+    """What can be said of a run of which only the store is at hand: as much as its newest checkpoint tells."""
+    if checkpoint is None:
+        return "elsewhere", f"nothing was trained in this folder, and there is no checkpoint in {store} yet"
+    step = int(checkpoint.split("-")[1])
+    if step >= steps:
+        return "finished", ""
+    return "elsewhere", f"seen from {store}, as of its newest checkpoint; its machine knows more"
+
+
+def _newest_checkpoint(store: Path, beat: Heartbeat | None) -> tuple[str | None, float]:
+    """Name of the newest checkpoint and when it was committed; rank 0 tells of the one that it has committed."""
     if beat is not None and beat.checkpoint:
         return beat.checkpoint, beat.checkpoint_time
-    # Committed ones are named `step-…`, an unfinished one has another name.
-    newest = max((run_dir / CHECKPOINT_FOLDER).glob("step-*"), key=lambda path: path.name, default=None)
-    return (None, 0.0) if newest is None else (newest.name, newest.stat().st_mtime)
+    return newest_stored(store) or (None, 0.0)
 
 
 def _is_held(path: Path) -> bool:

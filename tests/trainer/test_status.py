@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from upath import UPath
 
 from manifests.errors import ConfigError
 from trainer.config import PretrainConfig
 from trainer.loop import pretrain
 from trainer.paths import HEARTBEAT_FILE, LAUNCH_LOCK_FILE
 from trainer.status import is_run, run_status, watch
+from trainer.storage import location
 from trainer.watchdog import Heartbeat
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -147,3 +149,53 @@ def test_only_a_run_folder_is_one(tmp_path: Path) -> None:
     assert not is_run(tmp_path)
     with pytest.raises(ConfigError, match="holds no pretraining run"):
         run_status(tmp_path)
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_on_another_machine_is_seen_from_its_store(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    UPath("s3://bucket").mkdir(exist_ok=True)
+    store = f"s3://bucket/{tmp_path.name}"
+    config = tiny_config("there", evaluation=None, storage=store)
+    pretrain(config.model_copy(update={"stop_at": 4}))
+    # Here is the configuration, and nothing was ever trained.
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(Path(config.run_dir, "config.yaml"), here)
+    for place in (here, location(store)):
+        state = run_status(place)
+        assert (state.state, state.step, state.steps) == ("elsewhere", 4, 8)
+        assert f"seen from {store}" in state.reason
+        assert state.checkpoint == "step-000000004-a1"
+        assert state.checkpoint_age_s is not None
+        assert 0 <= state.checkpoint_age_s < 600
+        assert state.row["loss"] == run_status(Path(config.run_dir)).row["loss"]
+        assert [item.state for item in watch(place)] == ["elsewhere"]
+        assert "elsewhere" in json.dumps(state.to_json())
+    # A checkpoint that is not committed, or was found damaged, is none.
+    last = location(store) / "checkpoints" / "step-000000004-a1"
+    (last / "DAMAGED").write_text("why")
+    assert run_status(here).checkpoint == "step-000000003-a1"
+    (last / "DAMAGED").unlink()
+    (last / "MANIFEST.json").unlink()
+    assert run_status(here).checkpoint == "step-000000003-a1"
+    pretrain(config)
+    assert run_status(here).state == run_status(Path(config.run_dir)).state == "finished"
+
+
+@pytest.mark.usefixtures("s3")
+def test_the_folder_of_a_run_that_was_started_again_knows_the_checkpoint_in_its_store(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    UPath("s3://bucket").mkdir(exist_ok=True)
+    config = tiny_config(evaluation=None, storage=f"s3://bucket/{tmp_path.name}", stop_at=3)
+    pretrain(config)
+    beat(Path(config.run_dir))  # of a start that has committed none yet
+    state = run_status(Path(config.run_dir))
+    assert (state.state, state.checkpoint) == ("training", "step-000000003-a1")
+
+
+def test_a_storage_that_is_a_shared_folder_is_looked_at_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(evaluation=None, storage=str(tmp_path / "shared"), stop_at=3)
+    pretrain(config)
+    state = run_status(tmp_path / "shared")
+    assert (state.state, state.step, state.checkpoint) == ("elsewhere", 3, "step-000000003-a1")
