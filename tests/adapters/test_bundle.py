@@ -8,16 +8,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from adapters.bundle import load_bundle, write_bundle
 from adapters.conformance import read_conformance
 from adapters.evaluate import collate_task
-from adapters.layout import read_manifest, task_files
+from adapters.layout import Reference, read_manifest, task_files
 from adapters.model import MultiTaskModel
+from manifests.config import digest
 from manifests.errors import ConfigError, ContractError
-from trainer.export import load_encoder
+from trainer.export import load_encoder, read_card, save_encoder
 
 
 @pytest.fixture
@@ -31,7 +31,21 @@ def relist(folder: Path) -> None:
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    manifest["digest"] = digest({key: value for key, value in manifest.items() if key != "digest"})
     (folder / "bundle.json").write_text(json.dumps(manifest))
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Other values in bundle.json, its digest made to fit."""
+    write_manifest(folder, json.loads((folder / "bundle.json").read_text()) | changes)
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2))
 
 
 def test_layout_and_manifest(bundle_dir):
@@ -39,7 +53,7 @@ def test_layout_and_manifest(bundle_dir):
     manifest = read_manifest(bundle_dir)
     assert files == {*manifest.files, "bundle.json"}
     assert manifest.tasks == ["sleep_staging", "rhythm"]
-    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md"}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md", ".png"}
 
 
 def test_loaded_bundle_gives_the_trained_logits(adapted, bundle_dir):
@@ -146,25 +160,117 @@ def test_what_the_hub_adds_is_let_be(copied):
 def test_manifest_may_list_only_files_of_a_bundle(copied, name):
     manifest = json.loads((copied / "bundle.json").read_text())
     manifest["files"][name] = {"sha256": "0" * 64, "size": 1}
-    (copied / "bundle.json").write_text(json.dumps(manifest))
+    write_manifest(copied, manifest)
     with pytest.raises(ContractError, match="not the files of a bundle"):
         load_bundle(copied)
+
+
+def test_file_or_folder_that_links_out_of_the_bundle_is_refused(copied, tmp_path):
+    """Also with the right content: what lies outside is not the bundle's and may change."""
+    for name in ("adapters/rhythm/head.safetensors", "conformance"):
+        place, moved = copied / name, tmp_path / f"moved-{Path(name).name}"
+        place.rename(moved)
+        place.symlink_to(moved)
+        with pytest.raises(ContractError, match=r"links to .*, outside the bundle"):
+            load_bundle(copied)
+        place.unlink()
+        moved.rename(place)
+    load_bundle(copied)
+    (copied / "more").symlink_to(tmp_path)
+    with pytest.raises(ContractError, match="outside the bundle"):
+        load_bundle(copied)
+
+
+def test_links_of_the_hubs_cache_are_fine(copied, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(copied, snapshot)
+    for number, name in enumerate(read_manifest(snapshot).files):
+        (snapshot / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(blobs / str(number))
+    load_bundle(snapshot)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", 2, "this kymo reads"),
+        ("schema_version", 99, "update kymo"),
+        ("schema_version", 1, "write the bundle again"),
+        ("schema_version", "new", "not the manifest of a bundle"),
         ("format", "other", "this kymo reads"),
         ("tasks", ["../evil"], "pattern"),
         ("extra", 1, "not permitted"),
     ],
 )
 def test_manifest_of_another_make_is_refused(copied, key, value, message):
-    manifest = json.loads((copied / "bundle.json").read_text())
-    manifest[key] = value
-    (copied / "bundle.json").write_text(json.dumps(manifest))
+    edit_manifest(copied, **{key: value})
     with pytest.raises(ContractError, match=message):
+        load_bundle(copied)
+
+
+def test_newer_manifest_says_so_whatever_it_holds(copied):
+    (copied / "bundle.json").write_text('{"format": "kymo-bundle", "schema_version": 3, "parts": []}')
+    with pytest.raises(ContractError, match="version 3, this kymo reads 'kymo-bundle' version 2; update kymo"):
+        load_bundle(copied)
+    (copied / "bundle.json").write_text("{")
+    with pytest.raises(ContractError, match="not the manifest of a bundle"):
+        load_bundle(copied)
+
+
+def test_edited_manifest_is_refused(copied):
+    edit_json(copied / "bundle.json", temporal="frozen")
+    with pytest.raises(ContractError, match="changed after it was written"):
+        load_bundle(copied)
+
+
+def test_base_of_the_same_shape_is_refused(copied, make_encoder, tmp_path):
+    """First alone, then with its card, then with every hash made to fit: the tasks know what they were trained on."""
+    other = save_encoder(tmp_path / "other", make_encoder(seed=1), recipes={}, step=7)
+    shutil.copy(tmp_path / "other" / "encoder.safetensors", copied / "base")
+    with pytest.raises(ContractError, match="another SHA-256"):
+        load_bundle(copied)
+    relist(copied)
+    with pytest.raises(ContractError, match=r"SHA-256 is not the one in encoder\.json"):
+        load_bundle(copied)
+    shutil.copy(tmp_path / "other" / "encoder.json", copied / "base")
+    relist(copied)
+    with pytest.raises(ContractError, match="the base was exchanged"):
+        load_bundle(copied)
+    manifest = json.loads((copied / "bundle.json").read_text())
+    edit_manifest(copied, base={**manifest["base"], "sha256": other.sha256})
+    with pytest.raises(ContractError, match="trained on another base"):
+        load_bundle(copied)
+    for task in manifest["tasks"]:
+        edit_json(copied / "adapters" / task / "task.json", base_sha256=other.sha256)
+    relist(copied)
+    with pytest.raises(ContractError, match="computes other logits"):
+        load_bundle(copied)
+
+
+def test_another_channel_table_is_refused(copied):
+    edit_json(copied / "base" / "encoder.json", ucs_digest="0" * 64)
+    relist(copied)
+    with pytest.raises(ContractError, match="ucs_digest is 0000"):
+        load_bundle(copied)
+    edit_manifest(copied, ucs_digest="0" * 64)
+    with pytest.raises(ContractError, match="restore the table"):
+        load_bundle(copied)
+
+
+def test_edited_task_is_refused(copied):
+    file = copied / "adapters/rhythm/task.json"
+    record = json.loads(file.read_text())
+    edit_json(file, task={**record["task"], "labels": record["task"]["labels"][::-1]})
+    with pytest.raises(ContractError, match=r"task\.json: .* another SHA-256"):
+        load_bundle(copied)
+    edit_json(file, **{**record, "lora": {**record["lora"], "alpha": 4}})
+    relist(copied)
+    with pytest.raises(ContractError, match=r"lora_alpha is 16, task\.json says 4"):
+        load_bundle(copied)
+    edit_json(file, **{**record, "task": {**record["task"], "id": "other"}})
+    relist(copied)
+    with pytest.raises(ContractError, match="lies in the folder of 'rhythm'"):
         load_bundle(copied)
 
 
@@ -174,11 +280,12 @@ def test_wrong_tensors_of_the_right_hash_are_refused(copied):
     tensors = load_file(file)
     first = next(iter(tensors))
     renamed = {f"{key}x" if key == first else key: value for key, value in tensors.items()}
-    save_file(renamed, file)
+    scale = {"lora": '{"alpha": 16, "r": 4}'}
+    save_file(renamed, file, scale)
     relist(copied)
     with pytest.raises(ContractError, match="is missing"):
         load_bundle(copied)
-    save_file({key: value + 0.01 for key, value in tensors.items()}, file)
+    save_file({key: value + 0.01 for key, value in tensors.items()}, file, scale)
     relist(copied)
     with pytest.raises(ContractError, match="computes other logits"):
         load_bundle(copied)
@@ -199,20 +306,16 @@ def test_lost_alpha_is_refused(copied):
     relist(copied)
     with pytest.raises(ContractError, match=r"lora_alpha is 8, task\.json says 16"):
         load_bundle(copied)
-
-
-def test_card_states_data_scores_and_limits(bundle_dir):
-    text = (bundle_dir / "README.md").read_text()
-    front = yaml.safe_load(text.split("---")[1])
-    assert front["license"] == "other"
-    assert front["library_name"] == "kymo"
-    assert {"eeg", "ecg", "peft", "sleep_staging"} <= set(front["tags"])
-    assert front["model-index"][0]["results"][0]["dataset"]["split"] == "test"
-    record = load_bundle(bundle_dir).records["sleep_staging"]
-    assert "Not for clinical use" in text
-    assert record.data["splits"]["test"]["digest"][:16] in text
-    assert "licence CC0-1.0" in text
-    assert "W, N1, N2, N3, R" in text
+    file.write_text(json.dumps(config))
+    adapter = copied / "adapters/rhythm/adapter_model.safetensors"
+    save_file(load_file(adapter), adapter, {"lora": '{"alpha": 8, "r": 4}'})
+    relist(copied)
+    with pytest.raises(ContractError, match=r'made with .*"alpha": 8.*task\.json says .*"alpha": 16'):
+        load_bundle(copied)
+    save_file(load_file(adapter), adapter)
+    relist(copied)
+    with pytest.raises(ContractError, match="made with None"):
+        load_bundle(copied)
 
 
 def test_tasks_of_one_recipe_are_grouped(bundle_dir):
@@ -221,3 +324,51 @@ def test_tasks_of_one_recipe_are_grouped(bundle_dir):
     assert groups == {"tiny_psg": ["sleep_staging"], "tiny_ecg": ["rhythm"]}
     assert all(recipe.keep == "all" for recipe, _ in bundle.by_recipe())
     assert isinstance(bundle.model, MultiTaskModel)
+
+
+@pytest.fixture
+def fetched(encoder_dir, monkeypatch) -> list[tuple[str, str, str]]:
+    """A hub that has the encoder of the tests under every name; what was asked of it."""
+    asked: list[tuple[str, str, str]] = []
+
+    def fetch(repo_id: str, revision: str, filename: str, *, access: object) -> Path:
+        asked.append((repo_id, revision, filename))
+        return encoder_dir / "encoder.safetensors"
+
+    monkeypatch.setattr("adapters.bundle.fetch_file", fetch)
+    return asked
+
+
+def test_base_by_reference_is_fetched_by_its_commit(adapted, bundle_dir, fetched, tmp_path):
+    reference = Reference(repo_id="lab/sleep", revision="c0ffee" + "0" * 34)
+    bundle = write_bundle(adapted, tmp_path / "bundle", base=reference)
+    assert not (bundle.path / "base/encoder.safetensors").exists()
+    assert set(fetched) == {("lab/sleep", "c0ffee" + "0" * 34, "encoder.safetensors")}
+    record = bundle.records["rhythm"]
+    windows, _ = read_conformance(bundle_dir / task_files("rhythm")["conformance"])
+    batch = collate_task(record.task, windows)
+    with torch.no_grad():
+        whole = load_bundle(bundle_dir).model("rhythm", batch)
+        torch.testing.assert_close(bundle.model("rhythm", batch), whole, rtol=0, atol=0)
+    text = (bundle.path / "README.md").read_text()
+    assert "base_model: lab/sleep" in text
+    assert "base_model_relation: adapter" in text
+
+
+def test_other_file_under_the_reference_is_refused(adapted, fetched, monkeypatch, make_encoder, tmp_path):
+    bundle = write_bundle(
+        adapted, tmp_path / "bundle", base=Reference(repo_id="lab/sleep", revision="c0ffee" + "0" * 34)
+    )
+    save_encoder(tmp_path / "other", make_encoder(seed=1), recipes={}, step=7)
+    other = tmp_path / "other" / "encoder.safetensors"
+    monkeypatch.setattr("adapters.bundle.fetch_file", lambda *_, **__: other)
+    with pytest.raises(ContractError, match="SHA-256 is not the one"):
+        load_bundle(bundle.path)
+    assert read_manifest(bundle.path).base.sha256 == read_card(bundle.path / "base").sha256
+
+
+def test_a_bundle_tells_no_persons_of_the_pretraining(bundle_dir):
+    facts = read_card(bundle_dir / "base").pretrained_on
+    assert facts is not None
+    assert facts.subjects is None
+    assert facts.corpora["staged"]["subjects"] == 4
