@@ -12,6 +12,7 @@ from manifests.channels import KINDS, ChannelTag, resolve
 
 pc: Any = pyarrow.compute  # its functions are made at run time
 TICKS_PER_HOUR = 3_600_000_000  # hours are summed as whole microseconds, so that no order of adding matters
+_BLOCK_KEYS = 1 << 18  # hashed at once: 20 MB for keys of 64 bytes
 
 
 class SampleFilter(BaseModel):
@@ -111,6 +112,23 @@ def key_hash(keys: np.ndarray) -> np.ndarray:
         # A word of padding changes nothing, so that a longer key elsewhere leaves the hash of this one.
         state = np.where(column == 0, state, mixed ^ (mixed >> np.uint64(31)))
     return state
+
+
+def lowest(keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` keys with the lowest `key_hash`: hashes, uint64, ascending, and rows, int64.
+
+    Any key is as likely to be among them, and a key stays as long as no lower one comes. Block after block, so that
+    millions of keys need no memory of their own.
+    """
+    hashes, rows = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    for begin in range(0, len(keys), _BLOCK_KEYS):
+        block = key_hash(keys[begin : begin + _BLOCK_KEYS])
+        is_low = block < hashes[-1] if len(hashes) == count else np.ones(len(block), dtype=bool)
+        hashes = np.concatenate([hashes, block[is_low]])
+        rows = np.concatenate([rows, begin + np.flatnonzero(is_low)])
+        order = np.argsort(hashes, kind="stable")[:count]
+        hashes, rows = hashes[order], rows[order]
+    return hashes, rows
 
 
 def _numbers(column: pa.ChunkedArray, *, fill: float) -> np.ndarray:

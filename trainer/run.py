@@ -1,6 +1,5 @@
 """What a pretraining run holds between two steps, and what happens every n steps: log, evaluate, save, export."""
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -22,6 +21,7 @@ from trainer.config import PretrainConfig, differing_keys, order_digest, run_dig
 from trainer.data import Address, Order, check_state, mixed_order, order_state, part_sizes
 from trainer.evaluate import retrieval_top1
 from trainer.export import read_card, save_encoder
+from trainer.filters import lowest
 from trainer.lock import Fence
 from trainer.meter import Meter
 from trainer.metrics_writer import MetricsWriter
@@ -342,18 +342,17 @@ def held_out_windows(config: PretrainConfig) -> list[Window]:
     # One shape, that of most windows; and equal weights, since nothing is mixed here.
     bucket = sizes.most_common(1)[0][0]
     streams = [replace(stream, weight=1.0) for stream in streams if stream.bucket == bucket]
-    rows = [
-        (hashlib.sha256(str(key).encode()).digest(), Address(stream=s, position=row, epoch=0, row=row))
-        for s, stream in enumerate(streams)
-        for row, key in enumerate(stream.keys)
-    ]
-    chosen = sorted(rows, key=lambda item: item[0])[: settings.num_windows]
+    found: list[tuple[int, int, int]] = []
+    for number, stream in enumerate(streams):
+        hashes, rows = lowest(stream.keys.texts, settings.num_windows)
+        found += [(chance, number, row) for chance, row in zip(hashes.tolist(), rows.tolist(), strict=True)]
+    chosen = [Address(number, row, 0, row) for _, number, row in sorted(found)[: settings.num_windows]]
     cache = open_cache(config.cache, config.snapshots)
     locate = None if cache is None else cache.locate
     reader = SnapshotReader(streams, max_replaced=config.max_replaced, locate=locate)
     try:
         order = Order(streams, seed=0, global_batch=len(streams))
-        return reader.read([address for _, address in chosen], order=order)
+        return reader.read(chosen, order=order)
     finally:
         reader.close()
         if cache is not None:

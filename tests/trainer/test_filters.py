@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from trainer.filters import TICKS_PER_HOUR, SampleFilter, key_hash, passes, within_hours
+from trainer.filters import TICKS_PER_HOUR, SampleFilter, key_hash, lowest, passes, within_hours
 
 TEXT = pa.string()
 ROWS = pa.table(
@@ -102,3 +102,22 @@ def test_the_hash_of_a_key_is_frozen_and_knows_no_width() -> None:
 
 
 FROZEN = [2304167721544843248, 9235676600749513155]
+
+
+@pytest.mark.parametrize("count", [1, 7, 500, 2000])
+def test_the_lowest_keys_are_those_of_a_sort_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    keys = np.array([f"corpus-{number:012x}-{number % 7:06d}" for number in range(1000)], dtype="S")
+    expected = np.argsort(key_hash(keys))[:count]
+    for block in (1000, 64, 1):
+        monkeypatch.setattr("trainer.filters._BLOCK_KEYS", block)
+        hashes, rows = lowest(keys, count)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(hashes, key_hash(keys)[expected])
+    assert len(lowest(keys[:0], count)[0]) == 0
+
+
+def test_a_lowest_key_stays_when_others_come() -> None:
+    keys = np.array([f"a-{number:06d}" for number in range(300)], dtype="S12")
+    before, after = lowest(keys[:200], 20)[1], lowest(keys, 20)[1]
+    assert {row for row in after.tolist() if row < 200} <= set(before.tolist())
+    assert max(after) >= 200

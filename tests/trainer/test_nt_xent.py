@@ -123,6 +123,7 @@ def test_metrics_by_hand():
         "uniformity": pytest.approx(-4.0),  # orthogonal crops: |a - b|^2 = 2
         "negatives": 10.0,
         "anchors": 12,
+        "temperature": 0.5,
     }
 
 

@@ -155,7 +155,8 @@ def nt_xent_loss(
     Metrics over all ranks: `top1` (share of views whose nearest allowed neighbour is their other view), `alignment`
     (mean cosine of two views of a crop), `pair_distance` and `uniformity` (alignment and uniformity as Wang and Isola
     2020 define them: mean squared distance of two views; logarithm of the mean of exp(-2 |a - b|^2) over views of
-    different crops; both the lower the better), `negatives` per anchor, number of `anchors`.
+    different crops; both the lower the better), `negatives` per anchor, number of `anchors`, and the `temperature`,
+    which is not learnt here.
     """
     sizes = gather_sizes(len(unit_NVD), device=unit_NVD.device)
     unit_KWD = all_gather_with_grad(unit_NVD, sizes)
@@ -201,4 +202,5 @@ def nt_xent_loss(
         "uniformity": potential.clamp(min=torch.finfo(potential.dtype).tiny).log(),
         "negatives": negatives,
         "anchors": torch.tensor(count, device=device),
+        "temperature": torch.tensor(config.temperature, device=device),
     }
