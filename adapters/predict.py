@@ -1,27 +1,26 @@
-"""Predictions of a bundle on windows, and the check whether a recording suits a task."""
+"""Predictions of a bundle on windows. Tasks that look at the same signal share one pass of the temporal encoder."""
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from adapters.bundle import Bundle
-from adapters.evaluate import collate_task, task_probabilities
+from adapters.evaluate import task_probabilities
 from adapters.layout import TaskRecord
-from manifests.annotations import STAGES
-from manifests.config import write_atomically
+from adapters.suitability import check_channels
 from manifests.errors import ContractError, RecordingError
-from manifests.tasks import chosen_symbols, lacking
+from manifests.tasks import negative
+from trainer.batches import ChannelBatch, collate_channels, signal_rows
 from trainer.read import Window
 
 BATCH = 32
-CSV_COLUMNS = ("recording", "task", "onset_s", "duration_s", "start", "length", "rate", "label", "probabilities")
+BAD_SHARE = 0.5  # of a window; a channel that is flat, clipped or missing for longer shows nothing there
 
 ItemT = TypeVar("ItemT")
 
@@ -34,7 +33,8 @@ class Prediction:
         start: First sample of the window, counted at `rate` from the recording's start.
         length: Samples of the window.
         rate: Samples per second, exact.
-        label: The most probable class; for yes/no labels those above 0.5 joined by `+`, empty = none.
+        label: The most probable class; for yes/no labels those above 0.5 joined by `+`, empty = none; for a single
+            one `LABEL` or `not LABEL`.
         probabilities: Per label, in the task's order.
     """
 
@@ -46,135 +46,186 @@ class Prediction:
     label: str
     probabilities: dict[str, float]
 
+    @property
+    def onset(self) -> Fraction:
+        """Seconds from the recording's start to the window."""
+        return self.start / self.rate
 
-def check_channels(record: TaskRecord, available: Mapping[str, Fraction | float]) -> str:
-    """Empty when a recording suits a task; else what the task needs, what the recording has, what to do.
-
-    Args:
-        record: The task, from a bundle.
-        available: UCS symbol of each usable channel to its native rate in Hz.
-    """
-    task, recipe = record.task, record.recipe
-    chosen = chosen_symbols(task, list(available))
-    slow = {
-        symbol: f"{symbol} ({float(available[symbol]):g} Hz, {recipe.kinds[kind].least_recorded_hz:g} needed)"
-        for kind, symbols in chosen.items()
-        if kind in recipe.kinds
-        for symbol in symbols
-        if available[symbol] < recipe.kinds[kind].least_recorded_hz
-    }
-    fast_enough = {kind: [symbol for symbol in symbols if symbol not in slow] for kind, symbols in chosen.items()}
-    if not (missing := lacking(task, fast_enough)):
-        return ""
-    needs = " and ".join(f"{least} {kind}" for kind, least in missing.items())
-    only = f" out of {', '.join(task.channels)}" if task.channels is not None else ""
-    rated = f", of which too slow: {', '.join(slow.values())}" if slow else ""
-    return (
-        f"task {task.id} needs at least {needs} channel(s){only}; the recording has "
-        f"{', '.join(available) or 'no channel that is known'}{rated}. Give a recording with such channels, name "
-        "them in a corpus file if their labels are not known, or choose another task of the bundle"
-    )
+    @property
+    def duration(self) -> Fraction:
+        """Seconds that the window lasts."""
+        return self.length / self.rate
 
 
 def predict(
-    bundle: Bundle, windows: Iterable[Window], *, tasks: Sequence[str] | None = None, batch: int = BATCH
-) -> list[Prediction]:
-    """Predictions in the order of the windows, for each window those of the tasks that read its recipe.
+    bundle: Bundle,
+    windows: Iterable[Window],
+    *,
+    tasks: Sequence[str] | None = None,
+    batch: int = BATCH,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Prediction]:
+    """Predictions as the windows come, for each window those of the tasks that read its recipe.
+
+    Of each task they stand in the order of the windows. No more than `batch` windows are held at a time, and one pass
+    of the temporal encoder serves all tasks that share recipe, view and rate.
 
     Args:
         bundle: From `load_bundle`.
         windows: Made with a recipe of `bundle.by_recipe()`; any number, read as they are needed.
         tasks: Only these; None = all of the bundle.
         batch: Windows that are computed together.
+        left_out: Counts, by task, the windows whose channels are flat, clipped or missing for more than half of their
+            time, so that too few are left; None raises for such a window.
 
     Raises:
-        RecordingError: A window lacks channels that a task needs (`check_channels` tells before).
+        RecordingError: A window lacks channels that a task needs, and `left_out` is None.
         ContractError: A window that no task of the bundle reads, or that does not fit its recipe.
     """
-    wanted = [name for name in bundle.records if tasks is None or name in tasks]
-    predictions: list[Prediction] = []
+    wanted = [record for name, record in bundle.records.items() if tasks is None or name in tasks]
+    verdicts: dict[Any, str] = {}
     for group in _batched(windows, batch):
         by_recipe: dict[str, list[Window]] = {}
         for window in group:
             by_recipe.setdefault(window.meta["recipe"], []).append(window)
         for recipe, same in by_recipe.items():
-            readers = [name for name in wanted if bundle.records[name].recipe.id == recipe]
+            readers = [record for record in wanted if record.recipe.id == recipe]
             if not readers:
                 raise ContractError(f"window {same[0].key}: made with recipe {recipe!r}, which no task here reads")
-            for name in readers:
-                predictions += _predict_task(bundle, name, same)
+            usable = {record.task.id: _usable(record, same, verdicts, left_out) for record in readers}
+            for sharing in _sharing(readers):
+                yield from _predict_sharing(bundle, sharing, same, usable)
+
+
+def _sharing(records: Iterable[TaskRecord]) -> list[list[TaskRecord]]:
+    """Tasks of one recipe in groups whose signal looks the same to the temporal encoder."""
+    groups: dict[Any, list[TaskRecord]] = {}
+    for record in records:
+        rates = {record.recipe.kinds[kind].rate_hz for kind in record.task.kinds if kind in record.recipe.kinds}
+        groups.setdefault((record.task.view, frozenset(rates)), []).append(record)
+    return list(groups.values())
+
+
+def _predict_sharing(
+    bundle: Bundle, records: Sequence[TaskRecord], windows: Sequence[Window], usable: Mapping[str, Sequence[bool]]
+) -> list[Prediction]:
+    """Predictions of tasks that share a pass of the temporal encoder over all the channels that any of them sees."""
+    shown = [number for number in range(len(windows)) if any(usable[record.task.id][number] for record in records)]
+    if not shown:
+        return []
+    seen = [windows[number] for number in shown]
+    kinds = list(dict.fromkeys(kind for record in records for kind in record.task.kinds))
+    symbols = {symbol for window in seen for record in records for _, symbol in _channels(record, window)}
+    columns = [_symbols(window, kinds=kinds, channels=symbols) for window in seen]
+    batch = collate_channels(seen, kinds=kinds, view=records[0].task.view, channels=sorted(symbols))
+    on_device = batch.to(bundle.model.device)
+    predictions: list[Prediction] = []
+    with torch.no_grad():
+        tokens_NPD = bundle.model.temporal_tokens(on_device)
+        for record in records:
+            keep_BC = np.zeros(batch.mask_BC.shape, dtype=bool)
+            for place, (number, window) in enumerate(zip(shown, seen, strict=True)):
+                if usable[record.task.id][number]:
+                    own = set(_channels(record, window))
+                    keep_BC[place, : len(columns[place])] = [channel in own for channel in columns[place]]
+            narrow, own_tokens_NPD = _narrowed(on_device, tokens_NPD, torch.from_numpy(keep_BC).to(tokens_NPD.device))
+            if not len(own_tokens_NPD):
+                continue
+            logits_BK = bundle.model(record.task.id, narrow, own_tokens_NPD)
+            rows = task_probabilities(record.task, logits_BK).cpu().tolist()
+            own_windows = [window for window, keep_C in zip(seen, keep_BC, strict=True) if keep_C.any()]
+            predictions += [_prediction(record, window, row) for window, row in zip(own_windows, rows, strict=True)]
     return predictions
 
 
-def _predict_task(bundle: Bundle, name: str, windows: list[Window]) -> list[Prediction]:
-    record = bundle.records[name]
-    for window in windows:
-        _check_window(record, window)
-    with torch.no_grad():
-        logits = bundle.model(name, collate_task(record.task, windows))
-        rows = task_probabilities(record.task, logits).tolist()
-    return [
-        Prediction(
-            task=name,
-            recording=window.recording,
-            start=window.meta["start"],
-            length=window.meta["length"],
-            rate=Fraction(*window.meta["rate"]),
-            label=_label(record, row),
-            probabilities=dict(zip(record.task.labels, row, strict=True)),
-        )
-        for window, row in zip(windows, rows, strict=True)
-    ]
+def _channels(record: TaskRecord, window: Window) -> list[tuple[str, str]]:
+    """(kind, symbol) of every channel of a window that a task's model sees."""
+    return _symbols(window, kinds=record.task.kinds, channels=record.task.channels)
 
 
-def _label(record: TaskRecord, row: Sequence[float]) -> str:
+def _symbols(window: Window, *, kinds: Sequence[str], channels: Collection[str] | None) -> list[tuple[str, str]]:
+    """(kind, symbol) of the channels of a window in the order of a batch's columns."""
+    ucs = window.meta["ucs"]
+    return [(kind, ucs[kind][row]["symbol"]) for kind, row in signal_rows(ucs, kinds=kinds, channels=channels)]
+
+
+def _narrowed(
+    batch: ChannelBatch, tokens_NPD: torch.Tensor, keep_BC: torch.Tensor
+) -> tuple[ChannelBatch, torch.Tensor]:
+    """The windows and channels of a batch that a task sees, with their tokens; each window keeps one or is left out."""
+    if torch.equal(keep_BC, batch.mask_BC):
+        return batch, tokens_NPD
+    rows_B, columns_C = keep_BC.any(dim=1), keep_BC.any(dim=0)
+
+    def cut(values_BC: torch.Tensor) -> torch.Tensor:
+        return values_BC[rows_B][:, columns_C]
+
+    mask_BC = cut(keep_BC)
+    narrow = ChannelBatch(
+        signal_BCT=cut(batch.signal_BCT) * mask_BC[..., None],
+        mask_BC=mask_BC,
+        anode_BC=cut(batch.anode_BC) * mask_BC,
+        cathode_BC=cut(batch.cathode_BC) * mask_BC,
+        kind_BC=cut(batch.kind_BC) * mask_BC,
+        rate_hz=batch.rate_hz,
+    )
+    return narrow, tokens_NPD[keep_BC[batch.mask_BC]]
+
+
+def _prediction(record: TaskRecord, window: Window, row: Sequence[float]) -> Prediction:
+    return Prediction(
+        task=record.task.id,
+        recording=window.recording,
+        start=window.meta["start"],
+        length=window.meta["length"],
+        rate=Fraction(*window.meta["rate"]),
+        label=label_of(record, row),
+        probabilities=dict(zip(record.task.labels, row, strict=True)),
+    )
+
+
+def label_of(record: TaskRecord, row: Sequence[float]) -> str:
+    """The most probable class; of yes/no labels those above 0.5 joined by `+`, of a single one that or its no."""
     labels = record.task.labels
     if record.task.loss == "cross_entropy":
         return labels[max(range(len(labels)), key=row.__getitem__)]
-    return "+".join(label for label, probability in zip(labels, row, strict=True) if probability > 0.5)
+    said = "+".join(label for label, probability in zip(labels, row, strict=True) if probability > 0.5)
+    return said or (negative(labels[0]) if len(labels) == 1 else "")
 
 
-def _check_window(record: TaskRecord, window: Window) -> None:
+def _usable(
+    record: TaskRecord, windows: Sequence[Window], verdicts: dict[Any, str], left_out: Counter[str] | None
+) -> list[bool]:
+    """Whether a task can judge each window; what it said about the same channels before is in `verdicts`."""
+    flags: list[bool] = []
+    for window in windows:
+        rates = _rates(record, window)
+        key = (record.task.id, *rates.items())
+        if key not in verdicts:
+            verdicts[key] = check_channels(record, rates)
+        if verdicts[key] and left_out is None:
+            raise RecordingError("NO_CHANNELS", f"window {window.key}: {verdicts[key]}")
+        if verdicts[key] and left_out is not None:
+            left_out[record.task.id] += 1
+        flags.append(not verdicts[key])
+    return flags
+
+
+def _rates(record: TaskRecord, window: Window) -> dict[str, Fraction]:
+    """Native rate in Hz of each channel that shows a signal in the window; the stored one is held to the recipe."""
     rates: dict[str, Fraction] = {}
     for kind in record.task.kinds:
         for tag in window.meta["ucs"].get(kind, ()):
-            if tag["role"] == "signal":
-                rates[tag["symbol"]] = Fraction(*tag["native_rate"])
-            expected = record.recipe.kinds[kind].stored_rate(Fraction(*tag["native_rate"]))
+            native = Fraction(*tag["native_rate"])
+            expected = record.recipe.kinds[kind].stored_rate(native)
             if Fraction(*tag["rate"]) != expected:
                 raise ContractError(
                     f"window {window.key}: {tag['symbol']} at {Fraction(*tag['rate'])} Hz, recipe "
                     f"{record.recipe.id} of the bundle says {expected} Hz; cut windows with the bundle's own recipe"
                 )
-    if message := check_channels(record, rates):
-        raise RecordingError("NO_CHANNELS", f"window {window.key}: {message}")
-
-
-def write_csv(path: Path | str, predictions: Iterable[Prediction]) -> None:
-    """Write predictions as CSV: one row each, times in seconds and in samples, `label=probability` pairs."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for item in predictions:
-        pairs = ";".join(f"{label}={probability:.4f}" for label, probability in item.probabilities.items())
-        onset_s, duration_s = (f"{float(samples / item.rate):.10g}" for samples in (item.start, item.length))
-        writer.writerow(
-            [item.recording, item.task, onset_s, duration_s, item.start, item.length, item.rate, item.label, pairs]
-        )
-    write_atomically(Path(path), text.getvalue())
-
-
-def annotation_rows(predictions: Iterable[Prediction]) -> list[tuple[Fraction, Fraction, str]]:
-    """(onset, duration, text) in seconds for `engine.annotate`, by onset; stages in the words of the EDF+ standard."""
-    rows = [(item.start / item.rate, item.length / item.rate, annotation_text(item)) for item in predictions]
-    return sorted(rows)
-
-
-def annotation_text(prediction: Prediction) -> str:
-    """`Sleep stage N2` for a stage, which every hypnogram reader knows, else `task: label`."""
-    if set(prediction.probabilities) <= set(STAGES):
-        return f"Sleep stage {prediction.label}"
-    return f"{prediction.task}: {prediction.label or 'none'}"
+            if tag["role"] == "signal" and tag["flat"] + tag["clipped"] + tag["nan"] <= BAD_SHARE:
+                rates[tag["symbol"]] = native
+    return rates
 
 
 def _batched(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:

@@ -12,14 +12,16 @@ from manifests.errors import ContractError
 
 
 def write_annotations(
-    path: Path | str, rows: Sequence[tuple[Fraction, Fraction, str]], start: datetime.datetime | None = None
+    path: Path | str,
+    rows: Sequence[tuple[Fraction, Fraction, str]],
+    start: datetime.datetime | datetime.time | None = None,
 ) -> None:
     """Write an annotation-only EDF+C file beside its place and rename it.
 
     Args:
         path: File to write, usually `NAME.edf` beside the recording.
         rows: (onset, duration, text), both in seconds from the recording's start.
-        start: Start of the recording; None = unknown.
+        start: Start of the recording, or its time of day alone; None = unknown.
 
     Raises:
         ContractError: No row, an onset before the start, a negative duration, or an empty text.
@@ -33,10 +35,11 @@ def write_annotations(
                 f"{path}: annotation ({onset}, {duration}, {text!r}): onset and duration must be 0 s or more, the "
                 "text not empty"
             )
+    date = start.date() if isinstance(start, datetime.datetime) else None
     edf = edfio.Edf(
         signals=[],
-        recording=edfio.Recording(startdate=None if start is None else start.date(), equipment_code="kymo"),
-        starttime=None if start is None else start.time(),
+        recording=edfio.Recording(startdate=date, equipment_code="kymo"),
+        starttime=start.time() if isinstance(start, datetime.datetime) else start,
         annotations=[
             edfio.EdfAnnotation(onset=float(onset), duration=float(duration), text=text)
             for onset, duration, text in rows

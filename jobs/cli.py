@@ -19,6 +19,7 @@ from jobs import (
     export_verbs,
     loader_verbs,
     machine_verbs,
+    predict_verbs,
     snapshot_verbs,
     trainer_verbs,
 )
@@ -64,7 +65,7 @@ for panel, verb in (
     (TRAINING, export_verbs.export),
     (ADAPTERS, adapter_verbs.adapt),
     (ADAPTERS, adapter_verbs.finetune),
-    (ADAPTERS, bundle_verbs.predict),
+    (ADAPTERS, predict_verbs.predict),
     (ADAPTERS, bundle_verbs.publish),
     (MACHINE, machine_verbs.demo),
     (MACHINE, machine_verbs.doctor),

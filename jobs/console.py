@@ -26,7 +26,7 @@ from rich.text import Text
 # Numbers are aligned right, everything else left.
 RIGHT = {
     *("recordings", "subjects", "unreadable", "done", "quarantined", "hours", "MB", "share", "windows", "channels"),
-    *("value", "chance", "seconds", "n"),
+    *("value", "chance", "seconds", "n", "bytes", "time", "mean probability"),
     *("samples", "weight", "quota", "repeats", "total repeats"),
     *("cache GB", "hit rate", "downloads per shard", "download MB/s"),
 }
@@ -90,6 +90,29 @@ def bytes_progress(
     with bar:
         task = bar.add_task(text, total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)
+
+
+@contextmanager
+def windows_progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Function that adds a number of windows to a progress bar, which pulses until the first; drawn in a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.fields[windows]} windows"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(f"{escape(text)}: reading", total=None, windows=total)
+
+        def advance(count: int) -> None:
+            if bar.tasks[0].total is None:
+                bar.update(task, total=total, description=escape(text))
+            bar.advance(task, count)
+
+        yield advance
 
 
 def set_up_logging(*, verbose: bool) -> None:

@@ -16,9 +16,7 @@ import ray
 
 from adapters.bundle import load_bundle, write_bundle
 from adapters.config import AdaptConfig
-from adapters.predict import annotation_rows, write_csv
 from adapters.train import adapt
-from engine.annotate import write_annotations
 from engine.config import ConvertConfig
 from engine.preview import draw_sample, first_key
 from engine.report import write_report
@@ -28,7 +26,8 @@ from engine.verify import verify
 from jobs.adapter_verbs import show_task_scores
 from jobs.console import console, show_table
 from jobs.data_verbs import run_conversion, show_scan
-from jobs.predict import predict_file, stranger
+from jobs.predict import open_file, stranger
+from jobs.prediction_files import PredictionFiles
 from manifests.config import load_config
 from manifests.errors import ContractError
 from trainer.config import PretrainConfig
@@ -256,16 +255,16 @@ def _adapt(plan: Plan, out: Path, ledger: Ledger) -> None:
 
 def _predict(plan: Plan, out: Path, ledger: Ledger) -> None:
     bundle = load_bundle(out / "bundle")
-    folder = out / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, options in plan.stranger.items():
         path = plan.data / name
-        found = predict_file(bundle, path, stranger(path, **options))
-        csv = folder / f"{path.stem}.predictions.csv"
-        write_csv(csv, found.predictions)
-        write_annotations(csv.with_suffix(".edf"), annotation_rows(found.predictions))
-        labels = sorted({item.label for item in found.predictions})
-        ledger.note(f"predict {path.name}", f"{len(found.predictions)} windows; {', '.join(labels)}", csv)
+        run = open_file(bundle, path, stranger(path, **options))
+        with PredictionFiles(run, out / "predictions", ["csv", "edf", "png"]) as files:
+            for prediction in run.predictions():
+                files.add(prediction)
+            files.commit()
+        for task, track in files.tracks.items():
+            labels = ", ".join(sorted(set(track.labels)))
+            ledger.note(f"predict {path.name}", f"{task}: {len(track)} windows; {labels}", files.names(task)[0])
 
 
 def _report(plan: Plan, out: Path, ledger: Ledger) -> None:
