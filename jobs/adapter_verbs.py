@@ -1,4 +1,4 @@
-"""Verbs of the adapters: adapt, finetune."""
+"""Verbs of the adapters: adapt, finetune, ablate."""
 
 from pathlib import Path
 
@@ -57,6 +57,44 @@ def finetune(config: Path = ConfigPath, overrides: list[str] = Overrides) -> Non
         if symbols is not None:
             console.print(f"{task}: {len(symbols)} channels that all training windows have", soft_wrap=True)
     console.print(f"weights of step {result.kept_step}: {result.run_dir}")
+
+
+def ablate(
+    config: Path = typer.Argument(help="YAML of the runs to compare.", metavar="CONFIG"),
+    overrides: list[str] = typer.Argument(None, help="key=value, e.g. base.steps=500", metavar="[KEY=VALUE]..."),
+) -> None:
+    """Compare adaptation runs that differ in a few keys: a table and a picture. Run it again to go on.
+
+    Example: kymo ablate jobs/configs/ablate_demo.yaml seeds=[0,1,2]
+    """
+    from adapters.ablate import AblationConfig, Row
+    from adapters.ablate import ablate as compare
+    from adapters.ablate_table import write_table
+    from jobs.learn import learn_adapters
+    from trainer.collectives import rank
+
+    settings = load_config(AblationConfig, config, overrides or ())
+
+    def write(rows: list[Row]) -> None:
+        if rank() == 0:  # under torchrun one rank speaks for all
+            write_table(Path(settings.run_dir), rows)
+
+    rows = compare(settings, learn=learn_adapters, report=write)
+    if rank() != 0:
+        return
+    show_table(
+        "ablation",
+        ("variant", "task", "metric", "value", "95 % interval", "trainable", "seconds"),
+        [
+            (
+                *(row.variant, row.task, row.metric, "undefined" if row.value is None else f"{row.value:.3f}"),
+                " to ".join(f"{end:.3f}" for end in row.interval or ()),
+                *(f"{row.trainable:,}", row.seconds),
+            )
+            for row in rows
+        ],
+    )
+    console.print(f"{settings.run_dir}/ablation.md, ablation.csv, ablation.png", soft_wrap=True)
 
 
 def show_task_scores(scores: dict[str, dict]) -> None:
