@@ -65,6 +65,7 @@ for panel, verb in (
     (TRAINING, export_verbs.export),
     (ADAPTERS, adapter_verbs.adapt),
     (ADAPTERS, adapter_verbs.finetune),
+    (ADAPTERS, adapter_verbs.ablate),
     (ADAPTERS, predict_verbs.predict),
     (ADAPTERS, bundle_verbs.publish),
     (MACHINE, machine_verbs.demo),

@@ -25,6 +25,7 @@ VERBS = [
         "export",
         "adapt",
         "finetune",
+        "ablate",
         "predict",
         "publish",
         "submit",
