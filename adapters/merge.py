@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load, load_file, save
 from torch import nn
 
@@ -154,13 +156,12 @@ def merge_task(bundle_dir: Path | str, task: str, directory: Path | str, *, acce
         raise ConfigError(f"{directory}: is not empty and holds no merged model; choose another folder")
     bundle = load_bundle(bundle_dir, [task], access=access)
     head, record = bundle.model.heads[task], bundle.records[task]
-    merged = bundle.model.peft.merge_and_unload()
     temporary = directory.with_name(f".{directory.name}-new")
     shutil.rmtree(temporary, ignore_errors=True)
     save_encoder(
         temporary,
         load_base(bundle_dir, manifest, access=access),
-        state=_split_attention(merged.state_dict()),
+        state=_split_attention(_merged_state(bundle.model.encoder, task)),
         recipes={record.recipe.id: record.recipe.model_dump(mode="json")},
         step=card.step,
         licence=manifest.card.licence,
@@ -194,6 +195,17 @@ def _check_logits(merged: Merged, file: Path) -> None:
         logits_BK = merged.head(merged.encoder(collate_task(merged.record.task, windows)).pooled_BD)
     if not torch.allclose(logits_BK, torch.from_numpy(expected), rtol=TOLERANCE, atol=TOLERANCE):
         raise ContractError(f"{file}: the merged weights give other logits than the adapter; report this")
+
+
+def _merged_state(encoder: nn.Module, task: str) -> dict[str, torch.Tensor]:
+    """Weights of an encoder with the adapter of a task added to them. PEFT's own `merge_and_unload` wants a config."""
+    state = dict(encoder.state_dict())
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            cast("Any", layer).merge(safe_merge=True, adapter_names=[task])
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+            state |= {f"{name}.{key}": tensor for key, tensor in layer.get_base_layer().state_dict().items()}
+    return state
 
 
 def _split_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
