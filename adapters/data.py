@@ -20,7 +20,7 @@ from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.recipes import Recipe
 from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
-from manifests.tasks import Task, chosen_symbols, lacking, negative, window_labels
+from manifests.tasks import Task, check_place, chosen_symbols, lacking, window_labels
 from trainer.data import Address, Order
 from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window
@@ -72,9 +72,9 @@ def load_task_data(task: Task, run: TaskRun) -> TaskData:
     """Labelled windows of a task in every split.
 
     Raises:
-        ConfigError: Snapshots of different recipes, a kind that the recipe lacks, kinds of different rates, another
-            window or split than the task's, a person on two sides of a strict split, or a label without a window in
-            `train`.
+        ConfigError: Snapshots of different recipes, a kind that the recipe lacks, kinds of different rates, other
+            windows or another split than the task's, a person on two sides of a strict split, or a label without a
+            window in `train`.
     """
     snapshots = tuple(load_snapshot(path) for path in run.snapshots)
     if len({snapshot.recipe_digest for snapshot in snapshots}) > 1:
@@ -105,6 +105,7 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
             f"task {task.id}: recipe {loaded.id} keeps recorded rates, a task's model reads one; "
             "convert with a recipe that sets the rate"
         )
+    check_place(task, loaded.place)
     if task.window_s not in (None, loaded.window_s):
         raise ConfigError(
             f"task {task.id}: wants windows of {task.window_s} s, recipe {loaded.id} has {loaded.window_s} s; "
@@ -169,10 +170,9 @@ def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
             subjects[row["key"]] = row["subject"]
             symbols.update(symbol for group in chosen_symbols(task, row["symbols"]).values() for symbol in group)
     counts = Counter(task.labels[index] for indices in targets.values() for index in indices)
-    names = list(task.labels)
-    if task.loss == "bce" and task.is_exclusive:
-        names.append(negative(task.labels[0]))
-        counts[names[-1]] = sum(not indices for indices in targets.values())
+    names = task.answers if task.is_exclusive else task.labels
+    if names != task.labels:
+        counts[names[0]] = sum(not indices for indices in targets.values())
     return Labelled(
         streams=_streams(task, run, split=split, targets=targets) if targets else (),
         targets=targets,

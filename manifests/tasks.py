@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from manifests.annotations import STAGES
 from manifests.channels import KINDS
 from manifests.config import load_shipped
+from manifests.errors import ConfigError
+from manifests.recipes import load_recipe
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 
@@ -124,6 +126,11 @@ class Task(BaseModel):
         """Whether a window has exactly one answer: one class of several, or the yes or no of a single label."""
         return self.loss == "cross_entropy" or len(self.labels) == 1
 
+    @property
+    def answers(self) -> list[str]:
+        """Names of the exclusive answers: the labels, or `not LABEL` and LABEL of a single yes or no."""
+        return self.labels if self.loss == "cross_entropy" else [negative(self.labels[0]), *self.labels]
+
     @model_validator(mode="after")
     def _channels_can_be_met(self) -> "Task":
         if not self.min_channels or not set(self.min_channels) <= set(self.kinds):
@@ -143,6 +150,19 @@ def load_task(name_or_path: str | Path) -> Task:
         ConfigError: No such task, or a file that breaks the schema.
     """
     return load_shipped(Task, TASKS_DIR, name_or_path, noun="task")
+
+
+def check_place(task: Task, place: str) -> None:
+    """Hold where a task's windows lie to the `place` of a recipe.
+
+    Raises:
+        ConfigError: The task's recipe cuts windows at events, and this one does not.
+    """
+    wanted = "grid" if task.recipe is None else load_recipe(task.recipe).place
+    if wanted == "events" and place != wanted:
+        raise ConfigError(
+            f"task {task.id}: its windows lie at events, those of the snapshot on a grid; convert with {task.recipe}"
+        )
 
 
 def window_labels(task: Task, *, stage: str | None, classes: Sequence[str]) -> frozenset[str] | None:

@@ -60,6 +60,14 @@ def test_another_window_than_the_tasks_is_refused(staging: Task, snapshots: dict
     assert load(with_changes(staging, window_s=None), snapshots["staged"]).recipe["window_s"] == 8
 
 
+def test_windows_of_a_grid_are_not_those_at_events(staging: Task, snapshots: dict[str, Path]) -> None:
+    task = with_changes(staging, recipe="eeg200_trials")
+    with pytest.raises(
+        ConfigError, match="its windows lie at events, those of the snapshot on a grid; convert with eeg"
+    ):
+        load(task, snapshots["staged"])
+
+
 def test_another_split_than_the_tasks_is_refused(staging: Task, snapshots: dict[str, Path], tmp_path: Path) -> None:
     folder = altered(snapshots["staged"], tmp_path / "s", change=lambda _: None, split_name="strict")
     task = with_changes(staging, corpora={"staged": "official", "elsewhere": "folds"})

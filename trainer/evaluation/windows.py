@@ -13,7 +13,7 @@ from upath import UPath
 
 from manifests.errors import ConfigError, ContractError
 from manifests.shards import SAMPLES_FILE, Snapshot, array_from_npy, load_snapshot, parse_sample
-from manifests.tasks import Task, chosen_symbols, lacking, window_labels
+from manifests.tasks import Task, check_place, chosen_symbols, lacking, window_labels
 from trainer.evaluation.config import TaskEvaluation
 from trainer.read import Window
 
@@ -25,21 +25,23 @@ TIME_COLUMNS = ["classes", "start", "rate_num", "rate_den"]
 
 
 def load_labelled(task: Task, settings: TaskEvaluation) -> tuple[Rows, dict[str, int], list[Snapshot]]:
-    """Windows that carry exactly one label of the task, what was left out by reason, and the snapshots.
+    """Windows that have exactly one answer of the task, what was left out by reason, and the snapshots.
 
     The table has, per window, `key`, `path`, `offset` and `num_bytes` of its shard, `corpus`, `subject`, `recording`,
-    `split`, `symbols` that the task sees, `start_s` and `target`, the index in `task.labels`. It is sorted by place.
+    `split`, `symbols` that the task sees, `start_s` and `target`, the index in `task.answers`. It is sorted by place.
 
     Raises:
-        ConfigError: A task of yes/no labels, or nothing to train or test on.
+        ConfigError: A task of several yes/no labels or of windows at events that a snapshot has not, or nothing to
+            train or test on.
         ContractError: A snapshot breaks its contract.
     """
-    if task.loss != "cross_entropy":
-        raise ConfigError(f"task {task.id}: loss {task.loss}; an evaluation takes tasks of exclusive classes")
+    if not task.is_exclusive:
+        raise ConfigError(f"task {task.id}: several yes/no labels; an evaluation takes tasks of exclusive classes")
     left_out: Counter[str] = Counter()
     parts, snapshots = [], []
     for folder in settings.snapshots:
         snapshots.append(load_snapshot(folder))
+        check_place(task, snapshots[-1].recipe.get("place", "grid"))
         table = pq.read_table(UPath(folder) / SAMPLES_FILE, columns=[*COLUMNS, *TIME_COLUMNS]).to_pandas()
         if settings.corpora is not None:
             table = table[table["corpus"].isin(settings.corpora)]
@@ -58,10 +60,10 @@ def _labelled(task: Task, table: Rows, left_out: Counter[str]) -> Rows:
         labels = window_labels(
             task, stage=stage if isinstance(stage, str) else None, classes=() if classes is None else list(classes)
         )
-        reason = "no label of the task" if not labels else "two labels of the task" if len(labels) > 1 else ""
+        reason = "no label of the task" if labels is None else "two labels of the task" if len(labels) > 1 else ""
         reason = reason or ("channels missing" if lacking(task, seen) else "")
         left_out.update([reason] if reason else [])
-        targets.append(-1 if reason else task.labels.index(next(iter(labels))))
+        targets.append(-1 if reason else task.answers.index(next(iter(labels or ()), task.answers[0])))
         chosen.append(tuple(symbol for group in seen.values() for symbol in group))
     rows = table.assign(
         target=np.array(targets, dtype=int),
@@ -90,7 +92,7 @@ def _check(task: Task, settings: TaskEvaluation, rows: Rows, left_out: Counter[s
         parts = {"train": rows[rows["split"].isin(["train", "val"])], "test": rows[rows["split"] == "test"]}
     for name, part in parts.items():
         if part["target"].nunique() < 2:
-            counts = {label: int((part["target"] == k).sum()) for k, label in enumerate(task.labels)}
+            counts = {label: int((part["target"] == k).sum()) for k, label in enumerate(task.answers)}
             raise ConfigError(
                 f"task {task.id}: {name} of {', '.join(settings.snapshots)} has windows {counts} (left out: "
                 f"{dict(left_out)}), two labels are needed; add recordings, or set folds: subjects to use all splits"
