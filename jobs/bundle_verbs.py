@@ -1,72 +1,158 @@
-"""Verbs of bundles: predict, publish."""
+"""Verbs of bundles: publish, and verify, show, add-task and merge of the group `bundle`."""
 
-from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import typer
 from rich.markup import escape
 
-from jobs.console import console, show_table
+from jobs.console import bytes_progress, console, show_table
 
 BundleDir = typer.Argument(help="Folder of a bundle.", metavar="BUNDLE")
 
 
-def predict(
-    bundle: Path = BundleDir,
-    file: Path = typer.Argument(
-        help="A recording of any format that kymo scan shows; the .hea of a WFDB record.", metavar="FILE"
-    ),
-    task: list[str] = typer.Option([], help="Only this task; repeatable."),
-    out: Path = typer.Option(Path(), help="Folder for the CSV and EDF+ annotation files."),
-    channel: list[str] = typer.Option([], help="LABEL=SYMBOL for a label that is not known; repeatable."),
-    unit: list[str] = typer.Option([], help="LABEL=UNIT where the header's unit is missing or wrong; repeatable."),
-    mains: int | None = typer.Option(None, help="Line frequency in Hz, 50 or 60, to be notched out."),
-) -> None:
-    """Predict on a recording that the bundle has never seen, from the bundle alone.
-
-    Example: kymo predict demo/bundle night.edf --out predictions --channel "X7=eeg:C3-M2"
-    """
-    from adapters.bundle import load_bundle
-    from adapters.predict import annotation_rows, write_csv
-    from engine.annotate import write_annotations
-    from jobs.predict import predict_file, stranger
-
-    loaded = load_bundle(bundle, task or None)
-    corpus = stranger(file, channels=channel, units=unit, mains_hz=mains)
-    found = predict_file(loaded, file, corpus, tasks=task or None)
-    for name, reason in found.refused.items():
-        console.print(f"[yellow]{name} left out:[/] {escape(reason)}", soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
-    csv, edf = out / f"{file.stem}.predictions.csv", out / f"{file.stem}.predictions.edf"
-    write_csv(csv, found.predictions)
-    write_annotations(edf, annotation_rows(found.predictions))
-    counts = Counter((item.task, item.label or "none") for item in found.predictions)
-    show_table(file.name, ("task", "label", "windows"), [(*key, count) for key, count in sorted(counts.items())])
-    for label, reason in found.unresolved.items():
-        console.print(f"channel left out: {escape(label)} ({escape(reason)})", soft_wrap=True)
-    if found.dropped:
-        console.print("windows left out: " + ", ".join(f"{count} {why}" for why, count in found.dropped.items()))
-    console.print(f"written: {csv}, {edf}")
-
-
 def publish(
     bundle: Path = BundleDir,
-    repo: str = typer.Argument(help="Repository on the hub, OWNER/NAME."),
+    target: str = typer.Argument(help="OWNER/NAME on the hub, or the URL of a folder, e.g. s3://lab/bundles."),
     tag: str | None = typer.Option(None, help="Version to tag, e.g. v1.0.0; a tag is never moved."),
     endpoint: str | None = typer.Option(None, help="Hub to publish to; default: the client's own."),
-    private: bool = typer.Option(True, help="Visibility of a new repository."),
+    private: bool = typer.Option(
+        True, help="Who may read it; a store has rights of its own, say --no-private if public."
+    ),
+    confirm_rights: bool = typer.Option(
+        False, "--confirm-rights", help="You hold the rights, or have their holders' consent."
+    ),
     dry_run: bool = typer.Option(False, help="Show what would be sent; send nothing."),
 ) -> None:
-    """Publish a bundle to a model hub in one commit. The token is the hub client's own (HF_TOKEN, or its login).
+    """Publish a bundle as one version: a commit and a tag on a model hub, or a folder in a store.
+
+    The token is the hub client's own (HF_TOKEN, or `hf auth login`), the rights to a store are those of fsspec. After a
+    failure the same command goes on where it stopped.
 
     Example: kymo publish demo/bundle my-lab/sleep-adapters --tag v1.0.0 --dry-run
     """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from adapters.hub import Access
     from adapters.publish import publish as push
 
-    done = push(bundle, repo, endpoint=endpoint, private=private, tag=tag, dry_run=dry_run)
-    for name in done.uploaded:
-        console.print(f"  {name}")
+    if not console.is_terminal:
+        disable_progress_bars()
+    rights = {"tag": tag, "private": private, "confirm_rights": confirm_rights}
+    plan = push(bundle, target, **rights, dry_run=True)
+    total = sum(plan.files.values())
+    show_table(str(bundle), ("file", "bytes"), [(name, f"{size:,}") for name, size in plan.files.items()])
+    visibility = "private" if plan.is_private else "public"
+    console.print(f"{len(plan.files)} files, {total:,} bytes; licence {plan.licence}; {visibility}", soft_wrap=True)
+    for sentence in plan.rights:
+        console.print(f"[yellow]rights:[/] {escape(sentence)}", soft_wrap=True)
+    if dry_run:
+        console.print(f"dry run, nothing was sent → {target}, tag {plan.tag}", soft_wrap=True)
+        return
+    # The hub's client draws bars of its own.
+    with bytes_progress(target, total) if "://" in target else nullcontext() as advance:
+        done = push(bundle, target, **rights, access=Access(endpoint=endpoint), progress=advance)
     for name in done.deleted:
-        console.print(f"  {name} (removed)")
-    what = f"commit {done.commit}" if done.commit else "dry run, nothing was sent"
-    console.print(f"{len(done.uploaded)} files → {done.repo_id}, tag {done.tag}: {what}")
+        console.print(f"removed: {name}")
+    sent = f"{len(done.uploaded)} files sent" if done.uploaded else "it was there already, nothing was sent"
+    where = f", commit {done.commit}" if done.commit else ""
+    console.print(f"{sent} → {target}@{done.tag}{where}", soft_wrap=True)
+
+
+bundles = typer.Typer(
+    help="Check a bundle, look at it, add tasks, merge one into its base.\n\nExample: kymo bundle show demo/bundle",
+    no_args_is_help=True,
+)
+Source = typer.Argument(help="Folder of a bundle, or OWNER/NAME@VERSION on the hub.", metavar="BUNDLE")
+TaskNames = typer.Option([], "--task", help="Only this task; repeatable.")
+
+
+@bundles.command()
+def verify(bundle: str = Source, task: list[str] = TaskNames) -> None:
+    """Check every file, hold tasks, base and temporal encoder together, and compute the logits that must come out.
+
+    Example: kymo bundle verify demo/bundle
+    """
+    from adapters.bundle import load_bundle
+    from adapters.provenance import sources_of
+    from adapters.source import bundle_folder
+    from trainer.export import read_card
+
+    loaded = load_bundle(bundle_folder(bundle, task or None), task or None)
+    files, total = loaded.manifest.files, sum(entry.size for entry in loaded.manifest.files.values())
+    console.print(f"{len(files)} files, {total:,} bytes: sizes and SHA-256 as bundle.json says")
+    console.print(f"same logits as at its maker's: {', '.join(loaded.records)}", soft_wrap=True)
+    for source in sources_of(read_card(loaded.path / "base"), loaded.records):
+        if not source.terms.adapted:
+            console.print(f"[yellow]licence:[/] {escape(str(source))}", soft_wrap=True)
+
+
+@bundles.command()
+def show(bundle: str = Source) -> None:
+    """Show tasks with scores, what a recording must have, sizes, base, licences and where it all comes from.
+
+    Example: kymo bundle show demo/bundle
+    """
+    from adapters.layout import read_record, verify_bundle
+    from adapters.source import bundle_folder
+    from jobs.bundle_tables import show_bundle
+    from trainer.export import read_card
+
+    folder = bundle_folder(bundle)
+    manifest = verify_bundle(folder)
+    records = {name: read_record(folder, name, manifest) for name in manifest.tasks}
+    show_bundle(bundle, manifest, read_card(folder / "base"), records)
+
+
+@bundles.command("add-task")
+def add_task(
+    bundle: Path = BundleDir,
+    source: Path = typer.Argument(help="YAML of an adapt run, or the folder of another bundle.", metavar="SOURCE"),
+    overrides: list[str] = typer.Argument(None, help="key=value, e.g. steps=500", metavar="[KEY=VALUE]..."),
+    out: Path = typer.Option(..., help="Folder of the new bundle; may be BUNDLE itself."),
+) -> None:
+    """Add tasks to a bundle: trained for it, or taken over. Those that it has stay as they are, byte by byte.
+
+    A run trains on the bundle's base with its temporal encoder, both frozen; run the same command again to resume. The
+    tasks of another bundle fit if it has the same base and temporal encoder.
+
+    Example: kymo bundle add-task demo/bundle jobs/configs/adapt.yaml run_dir=demo/runs/more --out demo/bundle2
+    """
+    from adapters.config import AdaptConfig
+    from adapters.merge import add_bundle, add_run, plan_addition
+    from jobs.adapter_verbs import show_task_scores
+    from jobs.learn import learn_adapters
+    from manifests.config import load_config
+    from trainer.collectives import rank
+
+    if source.is_dir():
+        grown = add_bundle(bundle, source, out)
+    else:
+        # Both are set by the plan; so a YAML needs no `encoder`, and one that was made for `kymo adapt` serves.
+        config = load_config(AdaptConfig, source, [*(overrides or ()), "encoder=of the bundle", "temporal=frozen"])
+        result = learn_adapters(plan_addition(bundle, config))
+        if rank() != 0:
+            return  # under torchrun one rank speaks for all
+        show_task_scores(result.scores)
+        grown = add_run(bundle, result, out)
+    console.print(f"bundle: {out} with {', '.join(grown.records)}")
+
+
+@bundles.command()
+def merge(
+    bundle: str = Source,
+    task: str = typer.Argument(help="The task.", metavar="TASK"),
+    out: Path = typer.Option(..., help="Folder of the merged model."),
+) -> None:
+    """Merge one task's adapter into the base: a whole encoder and a head, without PEFT, for serving.
+
+    Refused where the licence of the base permits no derivatives.
+
+    Example: kymo bundle merge demo/bundle sleep_staging --out demo/staging
+    """
+    from adapters.merge import merge_task
+    from adapters.source import bundle_folder
+
+    merge_task(bundle_folder(bundle, [task]), task, out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    console.print(f"{task} merged into its base: {out}, {size:,} bytes, the same logits as with the adapter")

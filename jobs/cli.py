@@ -74,6 +74,7 @@ for panel, verb in (
 ):
     app.command(rich_help_panel=panel)(verb)
 app.add_typer(snapshot_verbs.quarantine, name="quarantine", rich_help_panel=DATA)
+app.add_typer(bundle_verbs.bundles, name="bundle", rich_help_panel=ADAPTERS)
 
 
 def main() -> None:
