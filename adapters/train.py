@@ -267,7 +267,7 @@ def _train(
                 _log(rows, progress, steps=config.steps, losses=losses, norm=norm, parts=parts)
             if progress.step % config.eval_every == 0:
                 with rows.paused():
-                    scores = evaluate(model, data, split="val", limit=config.eval_windows)
+                    scores = evaluate(model, data, split="val", limit=config.eval_windows, has_intervals=False)
                 rows.write({"step": progress.step, "split": "val", "scores": _values(scores)})
                 best = _keep_better(model, best, progress, mean_primary(scores, data))
             is_asked, _ = stopper.poll()

@@ -26,7 +26,14 @@ def make_runs(make_config: MakeConfig, tmp_path: Path) -> Callable[..., AdaptCon
     def make(name: str, **changes: Any) -> AdaptConfig:
         tasks = [task.model_dump() for task in make_config().tasks]
         tasks[0]["batch"], tasks[1]["batch"] = 9, 1
-        defaults = {"tasks": tasks, "lora": {"r": 4, "dropout": 0.0}, "steps": 6, "log_every": 1, "eval_every": 6}
+        defaults = {
+            "tasks": tasks,
+            "lora": {"r": 4, "dropout": 0.0},
+            "steps": 6,
+            "log_every": 1,
+            "eval_every": 6,
+            "eval_windows": 32,
+        }
         return make_config(**{**defaults, "run_dir": str(tmp_path / name), "keep": "last", **changes})
 
     return make
