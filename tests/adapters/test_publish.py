@@ -3,6 +3,7 @@
 Every broken run is run again and has to end with one commit and one tag that are the bundle.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -158,6 +159,33 @@ def test_a_repository_of_the_other_visibility_is_refused_and_nothing_is_sent(hub
     with pytest.raises(ConfigError, match="is public, private was asked for; nothing was sent"):
         push(tag="v2")
     assert sent(hub) == []
+
+
+@pytest.fixture
+def restricted_bundle(bundle_dir: Path, tmp_path: Path) -> Path:
+    """A whole bundle with a corpus under an agreement."""
+    folder = Path(shutil.copytree(bundle_dir, tmp_path / "restricted"))
+    name = "adapters/rhythm/task.json"
+    record = json.loads((folder / name).read_text())
+    for facts in record["data"]["corpora"].values():
+        facts["licence"] = "data use agreement"
+    content = json.dumps(record).encode()
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_doubtful_licence_is_refused_before_any_request_unless_private_or_confirmed(hub, push, restricted_bundle):
+    with pytest.raises(ConfigError, match=r"not published: corpus .*agreement.*--confirm-rights"):
+        push(bundle=restricted_bundle, private=False)
+    with pytest.raises(ConfigError, match="not published"):
+        push(bundle=restricted_bundle, private=False, dry_run=True)
+    assert hub.log == []
+    assert any("agreement" in sentence for sentence in push(bundle=restricted_bundle).rights)
+    hub.repositories[REPO].private = False
+    assert push(bundle=restricted_bundle, private=False, confirm_rights=True, tag="v2").commit
 
 
 # What breaks on the way
