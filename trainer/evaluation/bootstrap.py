@@ -8,6 +8,7 @@ import numpy as np
 REPLICATES = 1000
 # With fewer persons not even all of them going one way is unlikely by chance: 2 x 0.5^5 > 0.05 (sign test).
 MIN_SUBJECTS = 6
+CELLS = 1 << 14  # draws x windows that are ranked together: arrays that a processor core keeps at hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,14 +104,22 @@ def _rank(
     order = np.argsort(-score, kind="stable")
     is_positive, subject = is_positive[order], index_N[order]
     ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    auroc, precision = np.full(len(times_RS), np.nan), np.full(len(times_RS), np.nan)
-    for r, times in enumerate(times_RS):
-        weight = times[subject]
-        true = np.cumsum(weight * is_positive)[ends]
-        false = np.cumsum(weight * ~is_positive)[ends]
-        if true[-1] == 0 or false[-1] == 0:
-            continue
-        gained = np.diff(true, prepend=0)
-        auroc[r] = (np.diff(false, prepend=0) * (true - gained / 2)).sum() / (true[-1] * false[-1])
-        precision[r] = (gained * true / np.maximum(true + false, 1)).sum() / true[-1]
-    return auroc, precision
+    draws_at_once = max(1, CELLS // max(len(score), 1))
+    parts = [
+        _rank_together(is_positive, times_RS[first : first + draws_at_once, subject], ends)
+        for first in range(0, len(times_RS), draws_at_once)
+    ]
+    return np.concatenate([auroc for auroc, _ in parts]), np.concatenate([precision for _, precision in parts])
+
+
+def _rank_together(is_positive: np.ndarray, weight_RN: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision per draw of windows in the order of their scores; `ends` are the last of each tie."""
+    true = np.cumsum(weight_RN * is_positive, axis=1)[:, ends]
+    false = np.cumsum(weight_RN * ~is_positive, axis=1)[:, ends]
+    gained = np.diff(true, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area = (np.diff(false, axis=1, prepend=0) * (true - gained / 2)).sum(axis=1)
+        auroc = area / (true[:, -1] * false[:, -1])
+        precision = (gained * true / np.maximum(true + false, 1)).sum(axis=1) / true[:, -1]
+    is_one = (true[:, -1] == 0) | (false[:, -1] == 0)
+    return np.where(is_one, np.nan, auroc), np.where(is_one, np.nan, precision)
