@@ -67,6 +67,28 @@ def draw_subsets(
     return subsets
 
 
+def dropout_features(rows: Rows, extractor: Extractor, *, copies: int, batch: int, seed: int) -> np.ndarray:
+    """(copies x N, F) features of the rows, copy after copy, of each a random number of its random channels.
+
+    Windows of a montage share their subsets, so that they can be encoded together.
+    """
+    windows = [window for part in read_windows(rows, batch=batch) for window in part]
+    montages: dict[tuple[str, ...], list[int]] = {}
+    for place, symbols in enumerate(rows["symbols"]):
+        montages.setdefault(tuple(sorted(symbols)), []).append(place)
+    found: np.ndarray | None = None
+    for copy in range(copies):
+        for montage, places in montages.items():
+            for number, first in enumerate(range(0, len(places), batch)):
+                chosen = places[first : first + batch]
+                rng = generator(seed, "channel dropout", *montage, copy, number)
+                kept = sorted(rng.permutation(len(montage))[: int(rng.integers(1, len(montage) + 1))].tolist())
+                values = extractor([windows[place] for place in chosen], channels=[montage[i] for i in kept])
+                found = np.zeros((copies, len(rows), values.shape[1]), values.dtype) if found is None else found
+                found[copy, chosen] = values
+    return np.zeros((0, 0), np.float32) if found is None else found.reshape(-1, found.shape[2])
+
+
 def ablate(
     folds: Sequence[Fold],
     rows: Rows,

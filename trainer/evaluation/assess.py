@@ -18,7 +18,7 @@ from manifests.config import code_version, digest, shipped_names, validate, writ
 from manifests.errors import ConfigError
 from manifests.shards import load_snapshot
 from manifests.tasks import TASKS_DIR, Task, load_task
-from trainer.evaluation.ablation import ablate
+from trainer.evaluation.ablation import ablate, dropout_features
 from trainer.evaluation.channelwise import band_power, extractor_of
 from trainer.evaluation.config import EvaluateConfig, TaskEvaluation
 from trainer.evaluation.features import Extractor, features_of, random_encoder, reading_of
@@ -27,6 +27,7 @@ from trainer.evaluation.probe import Fold, ProbeName, fit_folds, predict_folds
 from trainer.evaluation.recordings import recording_retrieval
 from trainer.evaluation.report import write_report
 from trainer.evaluation.scores import METRICS, compare, score_classes
+from trainer.evaluation.scratch import train_end_to_end
 from trainer.evaluation.seen import Pretraining, pretrain_seen, pretraining_of
 from trainer.evaluation.subject import Subject, find_subject
 from trainer.evaluation.windows import Rows, describe, folder_name, load_labelled
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 SCORES_FILE = "scores.json"
 DECISIVE = "balanced_accuracy"  # what the verdicts are about
 PRETRAINED, NEIGHBOURS, RANDOM, BAND_POWER = "pretrained", "pretrained, k-NN", "random weights", "band power"
+END_TO_END, DROPOUT_PROBE = "trained from scratch", "pretrained, probe with channel dropout"
 
 Tell = Callable[[str], None]
 
@@ -55,11 +57,11 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prediction:
-    """What a way to predict said of the tested rows, and the probes that said it."""
+    """What a way to predict said of the tested rows, and the probes that said it; none for nets trained end to end."""
 
     tested: np.ndarray
     probabilities: np.ndarray
-    folds: list[Fold]
+    folds: Sequence[Fold] = ()
 
 
 def evaluate_run(config: EvaluateConfig, *, tell: Tell = logger.info) -> dict[str, Any]:
@@ -169,7 +171,8 @@ class _Assessment:
         self.figures: dict[str, Figure] = {}
         reading = reading_of(data.task, subject.config.objective if subject.config else None)
         self.reading = reading
-        encoder_config = subject.encoder.config
+        self.encoder_config = encoder_config = subject.encoder.config
+        self.device = device
         self.extractors: dict[str, Extractor] = {
             PRETRAINED: extractor_of(subject.encoder, reading, identity=subject.card.sha256, device=device),
             BAND_POWER: band_power(data.task),
@@ -196,12 +199,14 @@ class _Assessment:
         truth, subjects = tested["target"].to_numpy(), tested["subject"].tolist()
         methods = {
             name: {
-                **score_classes(truth, found.probabilities, labels=data.task.labels, subjects=subjects),
+                **score_classes(truth, found.probabilities, labels=data.task.answers, subjects=subjects),
                 "chosen": [{"value": fold.value, "on": fold.chosen_on} for fold in found.folds],
             }
             for name, found in predictions.items()
         }
-        summary = {RANDOM: _over_seeds([methods[name] for name in self.seeds])}
+        trained = [name for name in methods if name.startswith(END_TO_END)]
+        contenders = {RANDOM: self.seeds, **({END_TO_END: trained} if trained else {})}
+        summary = {name: _over_seeds([methods[one] for one in names]) for name, names in contenders.items()}
         comparisons = [
             {
                 "against": against,
@@ -214,16 +219,16 @@ class _Assessment:
                     seed=self.config.seed,
                 ),
             }
-            for against, names in ((RANDOM, self.seeds), (BAND_POWER, [BAND_POWER]))
+            for against, names in [*contenders.items(), (BAND_POWER, [BAND_POWER])]
         ]
         result = {
             "task": data.task.id,
             "title": data.task.title,
-            "labels": data.task.labels,
+            "labels": data.task.answers,
             "folds": data.settings.folds,
             "num_folds": len(predictions[PRETRAINED].folds),
             "snapshots": {folder_name(p): d for p, d in zip(data.settings.snapshots, data.digests, strict=True)},
-            "data": describe(rows, data.task.labels),
+            "data": describe(rows, data.task.answers),
             "left_out": data.left_out,
             "reading": {
                 "view": self.reading.view,
@@ -250,11 +255,34 @@ class _Assessment:
             predictions[name] = self._probe("linear", self.features[name])
             if name == PRETRAINED:
                 predictions[NEIGHBOURS] = self._probe("knn", self.features[name])
-        return predictions
+        return predictions | self._trained_from_scratch()
+
+    def _trained_from_scratch(self) -> dict[str, Prediction]:
+        """Nets of the encoder's architecture, trained end to end."""
+        settings, data = self.config.end_to_end, self.data
+        if settings is None:
+            return {}
+        found: dict[str, Prediction] = {}
+        for seed in settings.seeds:
+            name = f"{END_TO_END}, seed {seed}"
+            self.tell(f"{data.task.id}: {name}")
+            tested, probabilities = train_end_to_end(
+                data.rows,
+                self.encoder_config,
+                self.reading,
+                settings,
+                folds=data.settings.folds,
+                fold_seed=self.config.seed,
+                seed=seed,
+                num_classes=len(data.task.answers),
+                device=self.device,
+            )
+            found[name] = Prediction(tested=tested, probabilities=probabilities)
+        return found
 
     def _probe(self, probe: ProbeName, features: np.ndarray) -> Prediction:
         folds = fit_folds(probe, features, self.data.rows, folds=self.data.settings.folds, seed=self.config.seed)
-        tested, probabilities = predict_folds(folds, features, num_classes=len(self.data.task.labels))
+        tested, probabilities = predict_folds(folds, features, num_classes=len(self.data.task.answers))
         return Prediction(tested=tested, probabilities=probabilities, folds=folds)
 
     def _recordings(self, tested: np.ndarray) -> dict[str, Any]:
@@ -272,20 +300,36 @@ class _Assessment:
         if self.config.ablation is None:
             return {}
         lines: dict[str, Any] = {}
-        for name in (PRETRAINED, self.seeds[0]):
+        probes = {name: (self.extractors[name], predictions[name].folds) for name in (PRETRAINED, self.seeds[0])}
+        if self.config.ablation.dropout:
+            probes[DROPOUT_PROBE] = self.extractors[PRETRAINED], self._dropout_probe(self.config.ablation.dropout)
+        for name, (extractor, folds) in probes.items():
             self.tell(f"{self.data.task.id}: channel ablation, {name}")
             found = ablate(
-                predictions[name].folds,
+                folds,
                 self.data.rows,
-                self.extractors[name],
+                extractor,
                 self.config.ablation,
-                labels=self.data.task.labels,
+                labels=self.data.task.answers,
                 batch=self.config.batch,
                 seed=self.config.seed,
             )
             if found is not None:
                 lines[name] = found
         return lines
+
+    def _dropout_probe(self, copies: int) -> list[Fold]:
+        """The linear probe, fitted on windows with all channels and on copies of them with random subsets."""
+        features = dropout_features(
+            self.data.rows, self.extractors[PRETRAINED], copies=copies, batch=self.config.batch, seed=self.config.seed
+        )
+        return fit_folds(
+            "linear",
+            np.concatenate([self.features[PRETRAINED], features]),
+            self.data.rows,
+            folds=self.data.settings.folds,
+            seed=self.config.seed,
+        )
 
     def _draw(self, result: Mapping[str, Any], tested: Rows) -> None:
         task = self.data.task
@@ -299,7 +343,7 @@ class _Assessment:
             self.figures["ablation"] = draw_ablation(result["ablation"], title=METRICS[DECISIVE])
         features = self.features[PRETRAINED][tested.index]
         self.figures["map"] = draw_map(
-            features, tested["target"].to_numpy(), labels=task.labels, subjects=tested["subject"].tolist()
+            features, tested["target"].to_numpy(), labels=task.answers, subjects=tested["subject"].tolist()
         )
 
 

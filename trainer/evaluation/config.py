@@ -30,6 +30,24 @@ class TaskEvaluation(_Strict):
     max_windows: Count = 5000
 
 
+class EndToEndConfig(_Strict):
+    """Nets of the same architecture trained end to end from random weights, by AdamW; nothing is tuned.
+
+    Attributes:
+        seeds: Of weights and batches; a net for each of them and of the folds.
+        steps: Of the optimizer.
+        batch: Windows of a step.
+        lr: Highest learning rate.
+        weight_decay: Of AdamW.
+    """
+
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    steps: Count = 300
+    batch: Count = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+
+
 class AblationConfig(_Strict):
     """Channel ablation: the probe of the full montage on random subsets of its channels.
 
@@ -37,11 +55,14 @@ class AblationConfig(_Strict):
         subsets: Per number of channels; fewer where fewer exist.
         counts: Numbers of channels; null = every one up to 12, then ever fewer of them.
         max_windows: Held-out windows that are scored.
+        dropout: A second probe of the pretrained encoder is fitted on so many copies of each training window, each
+            with a random subset of its channels; 0 = none.
     """
 
     subsets: Count = 20
     counts: list[Count] | None = None
     max_windows: Count = 300
+    dropout: Annotated[int, Field(ge=0)] = 0
 
 
 class RetrievalConfig(_Strict):
@@ -58,7 +79,8 @@ class EvaluateConfig(_Strict):
         run: Folder of a pretraining run, or of an exported encoder.
         out: Folder of the report; null = `evaluation` in the run.
         tasks: Empty = every shipped task whose labels the run's own snapshots have.
-        scratch_seeds: Random weights of the same architecture.
+        scratch_seeds: Random weights of the same architecture, frozen.
+        end_to_end: null = none; it costs as much as training that often.
         ablation: null = none.
         retrieval: null = none.
         batch: Windows that are encoded at a time.
@@ -69,6 +91,7 @@ class EvaluateConfig(_Strict):
     out: str | None = None
     tasks: list[TaskEvaluation] = []
     scratch_seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    end_to_end: EndToEndConfig | None = None
     ablation: AblationConfig | None = AblationConfig()
     retrieval: RetrievalConfig | None = RetrievalConfig()
     batch: Count = 32

@@ -74,14 +74,27 @@ class EncoderFeatures:
     @torch.no_grad()
     def __call__(self, windows: Sequence[Window], *, channels: Sequence[str] | None = None) -> np.ndarray:
         """(N, modalities x width) float32."""
-        blocks = []
-        for kinds in self._reading.groups.values():
-            stored = collate_channels(windows, kinds=kinds, view=self._reading.view, channels=channels)
-            batch, num_pieces = cut(stored.to(self._device), segment_s=self._reading.segment_s)
-            pooled_BD = self._encoder(batch).pooled_BD.unflatten(0, (-1, num_pieces)).mean(dim=1)
-            has_any_B = stored.mask_BC.any(dim=1).to(pooled_BD.device)
-            blocks.append(torch.where(has_any_B[:, None], pooled_BD, torch.zeros_like(pooled_BD)))
-        return torch.cat(blocks, dim=1).float().cpu().numpy()
+        found = read_features(self._encoder, windows, self._reading, device=self._device, channels=channels)
+        return found.float().cpu().numpy()
+
+
+def read_features(
+    encoder: Encoder,
+    windows: Sequence[Window],
+    reading: Reading,
+    *,
+    device: str | torch.device,
+    channels: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """(N, modalities x width): pooled embeddings, a block for each modality; with gradient, where that is on."""
+    blocks = []
+    for kinds in reading.groups.values():
+        stored = collate_channels(windows, kinds=kinds, view=reading.view, channels=channels)
+        batch, num_pieces = cut(stored.to(device), segment_s=reading.segment_s)
+        pooled_BD = encoder(batch).pooled_BD.unflatten(0, (-1, num_pieces)).mean(dim=1)
+        has_any_B = stored.mask_BC.any(dim=1).to(pooled_BD.device)
+        blocks.append(torch.where(has_any_B[:, None], pooled_BD, torch.zeros_like(pooled_BD)))
+    return torch.cat(blocks, dim=1)
 
 
 def cut(batch: ChannelBatch, *, segment_s: float | None) -> tuple[ChannelBatch, int]:

@@ -57,16 +57,21 @@ def split_rows(rows: Rows, folds: Folds, *, seed: int) -> Iterator[tuple[np.ndar
 def fit_folds(
     name: ProbeName, features: np.ndarray, rows: Rows, *, folds: Folds = "split", seed: int = 0
 ) -> list[Fold]:
-    """A probe for each fold, tuned inside the fold's training windows, then fitted on all of them."""
+    """A probe for each fold, tuned inside the fold's training windows, then fitted on all of them.
+
+    `features` may hold further copies of all rows after the first: training windows are then taken of all copies.
+    """
     fitted = []
     for train, test in split_rows(rows, folds, seed=seed):
         if rows["target"].iloc[train].nunique() < 2 or len(test) == 0:
             continue
-        inner, chosen_on = _inner_splits(rows.iloc[train], has_val=folds == "split", seed=seed)
-        target = rows["target"].to_numpy()[train]
-        value = _choose(name, features[train], target, inner)
+        fitted_on = np.concatenate([train + first for first in range(0, len(features), len(rows))])
+        own = rows.iloc[fitted_on % len(rows)]
+        inner, chosen_on = _inner_splits(own, has_val=folds == "split", seed=seed)
+        target = own["target"].to_numpy()
+        value = _choose(name, features[fitted_on], target, inner)
         fitted.append(
-            Fold(test=test, model=_fit(name, value, features[train], target), value=value, chosen_on=chosen_on)
+            Fold(test=test, model=_fit(name, value, features[fitted_on], target), value=value, chosen_on=chosen_on)
         )
     return fitted
 

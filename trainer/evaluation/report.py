@@ -13,7 +13,7 @@ from trainer.evaluation.seen import sentence as seen_sentence
 
 REPORT_FILE = "report.html"
 FIGURE_FOLDER = "figures"
-SHOWN = ("pretrained", "random weights, seed 0", "band power")
+SHOWN = ("pretrained", "random weights, seed 0", "trained from scratch, seed 0", "band power")
 VERDICT_WORDS = {"yes": "yes", "no": "no, worse", "not decided": "not decided"}
 
 
