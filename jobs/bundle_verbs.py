@@ -135,7 +135,7 @@ def add_task(
             return  # under torchrun one rank speaks for all
         show_task_scores(result.scores)
         grown = add_run(bundle, result, out)
-    console.print(f"bundle: {out} with {', '.join(grown.records)}")
+    console.print(f"bundle: {out} with {', '.join(grown.records)}", soft_wrap=True)
 
 
 @bundles.command()
@@ -155,4 +155,5 @@ def merge(
 
     merge_task(bundle_folder(bundle, [task]), task, out)
     size = sum(file.stat().st_size for file in out.iterdir())
-    console.print(f"{task} merged into its base: {out}, {size:,} bytes, the same logits as with the adapter")
+    text = f"{task} merged into its base: {out}, {size:,} bytes, the same logits as with the adapter"
+    console.print(text, soft_wrap=True)

@@ -28,6 +28,7 @@ VERBS = [
         "ablate",
         "predict",
         "publish",
+        "bundle",
         "submit",
         "doctor",
         "demo",
