@@ -29,10 +29,14 @@ NOTCH_EDGE_HZ = 1.1  # beyond a line that a channel must hold for the notch to f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """Predictions of a file, tasks that it does not suit with the reason, windows and channels left out by reason."""
+    """Predictions of a file, tasks that it does not suit with the reason, windows and channels left out by reason.
+
+    `left_out` counts, by task, windows whose channels are flat, clipped or missing for too long.
+    """
 
     predictions: list[Prediction]
     refused: dict[str, str]
+    left_out: Counter[str]
     dropped: Counter[str]
     unresolved: dict[str, str]
 
@@ -45,7 +49,7 @@ class FileRun:
         source: What the user calls the bundle.
         suits: How the channels of the recording meet each task that they suit.
         refused: Task to the reason why it says nothing; complete when `predictions` is through.
-        left_out: Windows per task in which its channels show no signal.
+        left_out: Windows per task in which its channels are flat, clipped or missing for too long.
         mains: What was done about the line frequency, a sentence.
     """
 
@@ -82,12 +86,14 @@ class FileRun:
             except RecordingError as error:
                 reasons.add(error.reason)
                 self.refused |= dict.fromkeys(tasks, str(error))
+            faulty = self.losses.dropped.pop("quality", 0)  # of all channels; the recipe leaves such windows out itself
+            self.left_out.update(dict.fromkeys(tasks, faulty))
             for name in tasks:
                 if name not in spoken and name not in self.refused:
                     reasons.add("SIGNAL_INVALID")
                     self.refused[name] = (
                         f"each of its {self.left_out[name]} windows was left out: the signal of its channels is flat, "
-                        "clipped or missing for more than half of the time; look at the electrodes and at the file"
+                        "clipped or missing for too much of the time; look at the electrodes and at the file"
                     )
         if not spoken:
             raise self._refusal(reasons)
@@ -297,6 +303,7 @@ def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[
     return Predicted(
         predictions=list(run.predictions()),
         refused=run.refused,
+        left_out=+run.left_out,
         dropped=+run.losses.dropped,
         unresolved=dict(run.losses.unresolved.keys()),
     )

@@ -50,12 +50,15 @@ def predict(
     Example: kymo predict demo/bundle night.edf --out predictions --channel "X7=eeg:C3-M2"
     """
     from adapters.bundle import load_bundle
+    from adapters.source import bundle_folder
     from jobs.predict import open_file, stranger
     from jobs.prediction_files import PredictionFiles
 
     recorded = stranger(file, channels=channel, units=unit, corpus=corpus)
-    loaded = load_bundle(bundle, task or None)
-    run = open_file(loaded, file, recorded, tasks=task or None, mains=mains)
+    loaded = load_bundle(bundle_folder(bundle, task or None), task or None)
+    run = open_file(
+        loaded, file, recorded, tasks=task or None, mains=mains, source="" if Path(bundle).is_dir() else bundle
+    )
     formats: list[Any] = [item.value for item in output if item != Output.TABLE] + ["png"] * picture
     with PredictionFiles(run, out, formats) as files:
         with windows_progress(file.name, run.num_windows) as advance:
@@ -107,8 +110,8 @@ def show_losses(run: "FileRun") -> None:
     if dropped := +run.losses.dropped:
         text = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         console.print(f"windows left out: {escape(text)}", soft_wrap=True, highlight=False)
-    for name, count in run.left_out.items():
-        text = f"{name}: {count} windows left out, whose channels are flat, clipped or missing for most of the time"
+    for name, count in (+run.left_out).items():
+        text = f"{name}: {count} windows left out, whose channels are flat, clipped or missing for too long"
         console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True, highlight=False)
 
 

@@ -55,7 +55,9 @@ def test_everything_that_the_table_names_is_there(demo: tuple[Path, str]) -> Non
     assert (out / "report.html").stat().st_size > 100_000
     assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "bundle" / "bundle.json").exists()
-    assert len(list((out / "predictions").glob("*.predictions.csv"))) == 2
-    assert len(list((out / "predictions").glob("*.predictions.edf"))) == 2
+    predicted = {path.stem for path in (out / "predictions").glob("*.csv")}
+    assert len({stem.partition(".")[0] for stem in predicted}) == 2  # two recordings, each by the tasks that it suits
+    for suffix in ("edf", "png"):
+        assert {path.stem for path in (out / "predictions").glob(f"*.{suffix}")} == predicted
     assert list((out / "runs" / "univariate").glob("**/events.out.tfevents.*"))
     assert "what was made" in text

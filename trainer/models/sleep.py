@@ -92,15 +92,15 @@ class SleepEncoder(nn.Module):
             batch: Windows of one rate.
             tokens_NPD: What `temporal_tokens` gave for the batch; None computes it.
         """
-        tokens_NPD = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
-        num_patches = tokens_NPD.shape[1]
+        temporal_NPD = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
+        num_patches = temporal_NPD.shape[1]
         mask_BC = batch.mask_BC
         num_windows, num_channels = mask_BC.shape
         row_N = _real_rows(mask_BC)
         ids_3N = (rows_of(x, row_N) for x in (batch.anode_BC, batch.cathode_BC, batch.kind_BC))
-        tokens_NPD = tokens_NPD + self.position(*ids_3N)[:, None, :]
-        sets_BPCD = tokens_NPD.new_zeros(num_windows, num_patches, num_channels, self.width)
-        sets_BPCD[row_N // num_channels, :, row_N % num_channels] = tokens_NPD
+        placed_NPD: torch.Tensor = temporal_NPD + self.position(*ids_3N)[:, None, :]
+        sets_BPCD = placed_NPD.new_zeros(num_windows, num_patches, num_channels, self.width)
+        sets_BPCD[row_N // num_channels, :, row_N % num_channels] = placed_NPD
         mask_LC = mask_BC.repeat_interleave(num_patches, dim=0)
         tokens_BPD = self.channel_pool(sets_BPCD.flatten(0, 1), mask_LC).unflatten(0, (num_windows, num_patches))
         tokens_BPD = tokens_BPD + time_code(num_patches, self.width, like=tokens_BPD)

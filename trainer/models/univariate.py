@@ -127,18 +127,18 @@ class UnivariateEncoder(nn.Module):
     ) -> torch.Tensor:
         """Tokens (B, C, num_tokens, D) of every channel by itself, zeros where the mask is False; see `forward`."""
         real_BC = with_one_real(batch.mask_BC)
-        tokens_NPD = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
-        tokens_NPD = tokens_NPD + self.token_code(torch.arange(tokens_NPD.shape[1], device=tokens_NPD.device))
-        keep_N1 = None if code_keep_BC is None else code_keep_BC[real_BC][:, None].to(tokens_NPD.dtype)
+        own_NPD: torch.Tensor = self.temporal_tokens(batch) if tokens_NPD is None else tokens_NPD
+        own_NPD = own_NPD + self.token_code(torch.arange(own_NPD.shape[1], device=own_NPD.device))
+        keep_N1 = None if code_keep_BC is None else code_keep_BC[real_BC][:, None].to(own_NPD.dtype)
         if self.position is not None:
             code_ND = self.position(batch.anode_BC[real_BC], batch.cathode_BC[real_BC], batch.kind_BC[real_BC])
-            tokens_NPD = tokens_NPD + (code_ND if keep_N1 is None else code_ND * keep_N1)[:, None, :]
+            own_NPD = own_NPD + (code_ND if keep_N1 is None else code_ND * keep_N1)[:, None, :]
         if self.rate is not None:
             code_1D = self.rate(batch.rate_hz)[None, :]
-            tokens_NPD = tokens_NPD + (code_1D if keep_N1 is None else code_1D * keep_N1)[:, None, :]
+            own_NPD = own_NPD + (code_1D if keep_N1 is None else code_1D * keep_N1)[:, None, :]
         is_checkpointed = self.config.checkpoint_blocks and self.training
-        tokens_NPD = self.norm(run_blocks(self.blocks, tokens_NPD, is_checkpointed=is_checkpointed))
-        tokens_BCPD = tokens_NPD.new_zeros(*real_BC.shape, *tokens_NPD.shape[1:])
-        tokens_BCPD[real_BC] = tokens_NPD
+        own_NPD = self.norm(run_blocks(self.blocks, own_NPD, is_checkpointed=is_checkpointed))
+        tokens_BCPD = own_NPD.new_zeros(*real_BC.shape, *own_NPD.shape[1:])
+        tokens_BCPD[real_BC] = own_NPD
         # A window without channels had one made up for it: no gradient, no trace.
         return torch.where(batch.mask_BC[..., None, None], tokens_BCPD, torch.zeros_like(tokens_BCPD))
