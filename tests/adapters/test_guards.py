@@ -1,28 +1,23 @@
 """Failures of adapters that come without an error, each measured once (research: peft_hub), each held here."""
 
-import hashlib
-import json
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-import adapters.bundle
 from adapters import guards
 from adapters.build import build_task_model
-from adapters.bundle import load_bundle
 from adapters.config import LoraSpec
 from adapters.fused import FusedAttention
 from adapters.guards import check_adapters, probe_batch
-from adapters.layout import SHARED_FILE, task_files
-from adapters.model import MultiTaskModel
+from adapters.model import MultiTaskModel, load_strict
+from adapters.train import adapt
+from adapters.update import Update
 from manifests.errors import ConfigError, ContractError
+from trainer.batches import ChannelBatch
 from trainer.models.attention import Attention, split_heads
 from trainer.models.build import build_encoder
 from trainer.models.sleep import SleepEncoderConfig
@@ -293,6 +288,37 @@ def test_no_thread_can_come_between_activation_and_the_end_of_a_forward_pass():
     assert entered[2]  # and afterwards it is free
 
 
+# Tasks that are absent from a step
+
+
+def test_no_task_is_absent_from_a_step_so_no_gradient_is_stale(make_config):
+    """Under ZeRO a weight without a new gradient is moved all the same: by momentum, or by the old gradient again.
+
+    What holds for every update: a step forgets all gradients, runs every task, and gives every weight a new one.
+    """
+    seen: list[list[str]] = []
+
+    class Watched(Update):
+        def begin(self, step: int) -> None:
+            super().begin(step)
+            assert all(parameter.grad is None for parameter in self.model.parameters())
+            seen.append([])
+
+        def forward(self, name: str, batch: ChannelBatch) -> torch.Tensor:
+            seen[-1].append(name)
+            return super().forward(name, batch)
+
+        def finish(self) -> float:
+            assert all(parameter.grad is not None for parameter in self.model.trainable().values())
+            return super().finish()
+
+    config = make_config(
+        sampling={"alpha": 1.0, "batch": 2}, steps=3, eval_every=9, checkpoint_every=9, eval_windows=16, keep="last"
+    )
+    adapt(config, update=Watched)
+    assert seen == [["sleep_staging", "rhythm"]] * 3
+
+
 # Names
 
 
@@ -321,61 +347,27 @@ def test_every_adapter_is_saved_whole():
         assert len(tensors) == len(model.adapter_parameters(task))
 
 
-def rewrite(bundle: Path, name: str, change) -> None:
-    """Change the tensors of a file of a bundle, and its hash in the manifest with it."""
-    tensors = load_file(bundle / name)
-    change(tensors)
-    save_file(tensors, bundle / name)
-    relist(bundle, name)
-
-
-def relist(bundle: Path, name: str) -> None:
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    content = (bundle / name).read_bytes()
-    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
-
-
-@pytest.fixture
-def bundle(bundle_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
-
-
-@pytest.mark.parametrize("role", ["adapter", "head"])
-@pytest.mark.parametrize("fault", ["missing", "not expected", "has shape"])
-def test_files_are_loaded_strictly_even_when_their_hash_is_right(bundle, role, fault):
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        first = next(iter(tensors))
-        if fault == "missing":
-            del tensors[first]
-        elif fault == "not expected":
-            tensors["of.another.model"] = torch.zeros(1)
-        else:
-            tensors[first] = torch.zeros(3, 3)
-
-    rewrite(bundle, task_files("rhythm")[role], change)
-    with pytest.raises(ContractError, match=rf"{fault}.*belongs to another model"):
-        load_bundle(bundle)
-    load_bundle(bundle, tasks=["sleep_staging"])
-
-
-def test_the_shared_encoder_is_loaded_strictly(bundle):
-    rewrite(bundle, SHARED_FILE, lambda tensors: tensors.update(extra=torch.zeros(1)))
-    with pytest.raises(ContractError, match="trained with another shared temporal encoder"):
-        load_bundle(bundle)
-
-
-def test_a_wrong_base_of_the_same_shape_is_refused_by_its_logits(bundle, monkeypatch):
-    """PEFT puts adapters onto it without a word. Were every hash put right, the expected logits would be left."""
-    real = adapters.bundle.load_encoder
-
-    def another(source: Path) -> nn.Module:
-        encoder = real(source)
-        with torch.no_grad():
-            encoder.blocks[0].fc1.weight.mul_(1.02)
-        return encoder
-
-    load_bundle(bundle)
-    monkeypatch.setattr(adapters.bundle, "load_encoder", another)
-    with pytest.raises(ContractError, match="computes other logits than the bundle's maker"):
-        load_bundle(bundle)
+@pytest.mark.parametrize("part", ["adapter", "head", "shared encoder"])
+@pytest.mark.parametrize("fault", ["is missing", "is not expected", "has shape"])
+def test_tensors_are_loaded_strictly_and_all_or_none(part, fault):
+    """PEFT takes what it finds. Files with a right hash and wrong tensors, and a wrong base: test_bundle."""
+    model = adapted_model()
+    of_part = {
+        "adapter": (model.adapter_tensors("rhythm"), lambda t: model.load_adapter("rhythm", t)),
+        "head": (model.heads["rhythm"].state_dict(), lambda t: load_strict("head", model.heads["rhythm"], t)),
+        "shared encoder": (model.shared.state_dict(), lambda t: load_strict("shared", model.shared, t)),
+    }
+    tensors, put = of_part[part]
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    first = next(iter(tensors))
+    wrong = {
+        "is missing": {name: tensor for name, tensor in tensors.items() if name != first},
+        "is not expected": {**tensors, "of.another.model": torch.zeros(1)},
+        "has shape": {**tensors, first: torch.zeros(3, 3, 3, 3)},
+    }[fault]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ContractError, match=f"{fault}.*belongs to another model"):
+        put(wrong)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    put(tensors)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

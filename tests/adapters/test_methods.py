@@ -10,11 +10,13 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from safetensors.torch import load, save, save_file
 
+from adapters.bundle import write_bundle
 from adapters.config import REFUSED_KINDS, LoraSpec, PeftKind
 from adapters.fused import FusedAttention, fuse_attention
 from adapters.guards import check_adapters, probe_batch
 from adapters.methods import METHODS, peft_config, required_config
 from adapters.model import MultiTaskModel
+from adapters.train import adapt
 from manifests.errors import ConfigError, ContractError
 from trainer.models.build import build_encoder
 from trainer.models.sleep import SleepEncoderConfig
@@ -178,7 +180,7 @@ def test_fused_attention_has_the_same_weights_and_output(width):
         first = encoder.blocks[0].attn.qkv
         fuse_attention(encoder.blocks)
         assert encoder.blocks[0].attn.qkv is first
-        first.weight[0] += 1  # it is the joint layer that computes
+        first.weight[0] *= -1  # it is the joint layer that computes
         assert (encoder(batch).pooled_BD - before).abs().max() > 1e-4
 
 
@@ -220,3 +222,15 @@ def test_peft_config_takes_rank_scale_and_dropout():
     assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 64, 0.1)
     assert peft_config(spec("rslora")).use_rslora
     assert peft_config(spec("dora")).use_dora
+
+
+@pytest.mark.parametrize("lora", [spec("dora", attn="fused"), spec("vera"), spec("ia3", targets="attention")])
+def test_a_bundle_holds_any_kind(make_config, tmp_path, lora):
+    config = make_config(lora=lora.model_dump(), steps=1, eval_every=9, keep="last", eval_windows=16)
+    result = adapt(config)
+    bundle = write_bundle(result, tmp_path / "bundle")  # it is read back, and its expected logits are computed again
+    assert {record.lora for record in bundle.records.values()} == {lora}
+    for task in result.tasks:
+        own, read = result.adapters().adapter_tensors(task), bundle.model.adapter_tensors(task)
+        assert own.keys() == read.keys()
+        assert all(torch.equal(own[name], read[name]) for name in own)
