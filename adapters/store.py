@@ -10,8 +10,10 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pooch
+from upath import UPath
 
 from adapters.layout import MANIFEST_FILE, needed_files, read_manifest, verify_bundle
 from manifests.config import write_atomically
@@ -41,9 +43,10 @@ def put_version(
     sent: list[str] = []
     with answering(folder):
         _claim(location(root) / f"{tag}.sha256", hashlib.sha256(content).hexdigest())
+        present = _sizes(folder)
         for name in [*(name for name in files if name != MANIFEST_FILE), MANIFEST_FILE]:
             source = bundle_dir / name
-            if not _is_there(folder / name, source):
+            if present.get(name) != source.stat().st_size or (folder / name).read_bytes() != source.read_bytes():
                 _put(source, folder / name)
                 sent.append(name)
             if progress is not None:
@@ -61,11 +64,15 @@ def _claim(file: Path, digest: str) -> None:
         )
 
 
-def _is_there(target: Path, source: Path) -> bool:
-    try:
-        return target.stat().st_size == source.stat().st_size and target.read_bytes() == source.read_bytes()
-    except FileNotFoundError:
-        return False
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder by its path there."""
+    if not is_remote(folder):
+        return {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        }
+    url = cast("UPath", folder)
+    found = cast("dict[str, dict[str, Any]]", url.fs.find(url.path, detail=True))
+    return {name.removeprefix(url.path.rstrip("/")).strip("/"): int(row["size"]) for name, row in found.items()}
 
 
 def _put(source: Path, target: Path) -> None:

@@ -62,7 +62,7 @@ def names_below(root: str) -> set[str]:
 def test_a_version_is_a_folder_and_comes_back(root, bundle_dir, pull):
     done = publish(bundle_dir, root, tag="v1")
     names = ["bundle.json", *read_manifest(bundle_dir).files]
-    assert (done.commit, done.is_private, set(done.uploaded)) == (None, None, set(names))
+    assert (done.commit, set(done.uploaded)) == (None, set(names))
     assert names_below(root) == {"v1.sha256", *(f"v1/{name}" for name in names)}
     assert load_bundle(pull(f"{root}@v1")).manifest == read_manifest(bundle_dir)
 
