@@ -32,6 +32,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/signal_path.py --memory
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/adapt.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -167,14 +167,14 @@ def test_windows_are_read_as_they_are_needed(bundle, test_windows):
 
 
 def test_threads_that_predict_different_tasks_do_not_mix_them(bundle, test_windows):
-    windows = test_windows["sleep_staging"][0][:16]
+    windows = test_windows["sleep_staging"][0][:8]
     six = bundle_of(bundle, SIX)
     expected = {name: rows_by_task(predict(six, windows, tasks=[name], batch=2))[name] for name in six.records}
     barrier = Barrier(len(SIX))
 
     def work(name: str) -> list[list[list[float]]]:
         barrier.wait()
-        return [rows_by_task(predict(six, windows, tasks=[name], batch=2))[name] for _ in range(4)]
+        return [rows_by_task(predict(six, windows, tasks=[name], batch=2))[name] for _ in range(3)]
 
     with ThreadPoolExecutor(len(SIX)) as pool:
         for name, rounds in zip(six.records, pool.map(work, six.records), strict=True):
