@@ -108,23 +108,32 @@ def _overview(records: Mapping[str, TaskRecord], sizes: Mapping[str, int]) -> li
 
 
 def _usage(records: Mapping[str, TaskRecord], base: Base) -> list[str]:
-    first = next(iter(records))
-    is_fused = any(record.lora.attn == "fused" for record in records.values())
-    fused = "fuse_attention(encoder.blocks)  # adapters.fused: q, k and v as one layer\n" if is_fused else ""
-    weights = '"BUNDLE/base"' if base.reference is None else f'"BUNDLE/base", weights_file="{base.reference.filename}"'
+    first, record = next(iter(records.items()))
+    imports = ["import peft", "from safetensors.torch import load_file", "from trainer.export import load_encoder"]
+    where, fused = '"BUNDLE/base"', []
+    if (reference := base.reference) is not None:
+        imports.append("from adapters.hub import fetch_file")
+        place = f'"{reference.repo_id}", "{reference.revision}", "{reference.filename}"'
+        where += f", weights_file=fetch_file({place})"
+    if record.lora.attn == "fused":
+        imports.append("from adapters.fused import fuse_attention")
+        fused = ["fuse_attention(encoder.blocks)  # q, k and v as one layer"]
+    code = [
+        *sorted(imports),
+        "",
+        f"encoder = load_encoder({where})",
+        f'encoder.temporal_encoder.load_state_dict(load_file("BUNDLE/{SHARED_FILE}"))',
+        *fused,
+        f'model = peft.PeftModel.from_pretrained(encoder, "BUNDLE/adapters/{first}").eval()',
+        "features_BD = model(batch).pooled_BD",
+    ]
+    lines = "\n".join(code)
     return [
         "## How to use it\n",
         "Any file that kymo reads (EDF, BDF, WFDB, BrainVision, …), with kymo installed:\n\n"
         f"```\nkymo predict OWNER/NAME@VERSION FILE.edf --task {first}\nkymo bundle verify BUNDLE\n```\n",
         "`adapters/TASK` is a stock PEFT folder. An adapter is valid only with the temporal encoder that it was "
-        "trained with, which PEFT does not load:\n\n"
-        "```python\n"
-        f"encoder = load_encoder({weights})  # trainer.export\n"
-        f'encoder.temporal_encoder.load_state_dict(load_file("BUNDLE/{SHARED_FILE}"))  # safetensors.torch\n'
-        f"{fused}"
-        f'model = peft.PeftModel.from_pretrained(encoder, "BUNDLE/adapters/{first}").eval()\n'
-        "features_BD = model(batch).pooled_BD\n"
-        "```\n",
+        f"trained with, which PEFT does not load:\n\n```python\n{lines}\n```\n",
     ]
 
 
@@ -188,7 +197,7 @@ def _data_lines(record: TaskRecord) -> list[str]:
     lines = ["Data and training:\n"]
     for split, facts in record.data["splits"].items():
         parts = ", ".join(f"{corpus} {found['subjects']}" for corpus, found in facts["corpora"].items())
-        left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "none"
+        left_out = ", ".join(f"{reason} ({count})" for reason, count in facts["left_out"].items()) or "none"
         lines.append(
             f"* {split}: {facts['windows']:,} windows ({hours[split]:g} h), {_count(facts['subjects'], 'subject')}"
             f"{f' ({parts})' if parts else ''}, split digest `{facts['digest'][:16]}`; left out: {left_out}"
@@ -196,7 +205,7 @@ def _data_lines(record: TaskRecord) -> list[str]:
     seen = {split: found["sentence"] for split, found in record.data["pretrain_seen"].items()}
     for text in dict.fromkeys(seen.values()):
         splits = " and ".join(split for split in seen if seen[split] == text)
-        lines.append(f"* Persons of {splits} that pretraining saw: {text}")
+        lines.append(f"* {splits}, persons that pretraining saw: {text}")
     snapshots = ", ".join(f"`{digest[:16]}`" for digest in record.data["snapshots"])
     code, settings = record.provenance["code"], record.provenance["settings"]
     lines.append(f"* Snapshots: {snapshots}")

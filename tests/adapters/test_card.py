@@ -4,14 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from markdown import markdown
 
 from adapters.assembly import draft_of_bundle
 from adapters.bundle import load_bundle
 from adapters.card import card_text
+from adapters.conformance import read_conformance
+from adapters.evaluate import collate_task
 from adapters.figure import draw_records, scored_split
-from adapters.layout import Reference, TaskRecord, verify_bundle
+from adapters.layout import Reference, TaskRecord, task_files, verify_bundle
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -77,7 +80,7 @@ def test_persons_that_pretraining_saw_are_counted_or_called_unknown(draft):
     assert record.data["pretrain_seen"]["val"]["subjects_seen"] == 1
     assert draft.records["rhythm"].data["pretrain_seen"]["test"]["subjects_seen"] == 0
     _, text = card_of(draft)
-    assert "Persons of val and test that pretraining saw: 1 of the 2 tested persons were in pretraining" in text
+    assert "val and test, persons that pretraining saw: 1 of the 2 tested persons were in pretraining" in text
 
 
 def test_what_the_maker_says_stands_in_the_card(draft):
@@ -144,3 +147,25 @@ def test_a_base_is_described_with_what_it_was_pretrained_on(draft):
     assert "| Tiny staged | 96 | 0.2 | 4 | CC0-1.0 |" in text
     _, silent = card_of(draft, encoder=draft.encoder.model_copy(update={"pretrained_on": None}))
     assert "What it was pretrained on is not recorded." in silent
+
+
+def test_the_code_in_the_card_runs_as_it_stands(bundle_dir: Path) -> None:
+    text = (bundle_dir / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("BUNDLE", str(bundle_dir))
+    bundle = load_bundle(bundle_dir)
+    windows, expected = read_conformance(bundle_dir / task_files("sleep_staging")["conformance"])
+    names = {"batch": collate_task(bundle.records["sleep_staging"].task, windows)}
+    with torch.no_grad():
+        exec(code, names)
+        logits = bundle.model.heads["sleep_staging"](names["features_BD"])
+    torch.testing.assert_close(logits, torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+def test_the_code_of_a_fused_adapter_and_of_a_base_on_the_hub_says_so(draft):
+    record = draft.records["rhythm"]
+    fused = record.model_copy(update={"lora": record.lora.model_copy(update={"attn": "fused"})})
+    reference = Reference(repo_id="lab/sleep", revision="1" * 40, filename="sleep.safetensors")
+    base = draft.base.model_copy(update={"reference": reference})
+    _, text = card_of(draft, records={"rhythm": fused}, base=base)
+    assert "fuse_attention(encoder.blocks)" in text
+    assert f'weights_file=fetch_file("lab/sleep", "{"1" * 40}", "sleep.safetensors")' in text
