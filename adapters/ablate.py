@@ -55,6 +55,7 @@ class AblationConfig(_Strict):
     Attributes:
         run_dir: Folder of table, picture and all runs; the same command goes on with what is missing.
         base: Keys of an adaptation run, or the path of its YAML; `run_dir` and `seed` there do not count.
+        set: What all rows change in the base, `key=value` each.
         variants: Rows; the first one is what the others are held against in the picture.
         grid: Key to values: a further variant for each combination.
         seeds: Every variant runs with each.
@@ -63,6 +64,7 @@ class AblationConfig(_Strict):
 
     run_dir: str
     base: dict[str, Any] | str
+    set: list[str] = []
     variants: list[Variant] = []
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
@@ -180,10 +182,11 @@ def plan_runs(config: AblationConfig) -> list[Planned]:
 
 
 def _runs_of(config: AblationConfig, base: dict[str, Any], variant: Variant, seed: int) -> list[Planned]:
-    if own := [item for item in variant.set if item.partition("=")[0] in OWN_KEYS]:
+    changes = [*config.set, *variant.set]
+    if own := [item for item in changes if item.partition("=")[0] in OWN_KEYS]:
         raise ConfigError(f"variant {variant.name!r}: {own[0]} is the table's; give run_dir and seeds at its top")
     run_dir = f"{config.run_dir}/{variant.folder}/seed-{seed}"
-    data = {**apply_overrides(base, variant.set), "run_dir": run_dir, "seed": seed}
+    data = {**apply_overrides(base, changes), "run_dir": run_dir, "seed": seed}
     where = f"variant {variant.name!r}"
     if not variant.each_task:
         return [Planned(variant=variant.name, seed=seed, config=validate(AdaptConfig, data, where=where))]

@@ -61,7 +61,7 @@ def finetune(config: Path = ConfigPath, overrides: list[str] = Overrides) -> Non
 
 def ablate(
     config: Path = typer.Argument(help="YAML of the runs to compare.", metavar="CONFIG"),
-    overrides: list[str] = typer.Argument(None, help="key=value, e.g. base.steps=500", metavar="[KEY=VALUE]..."),
+    overrides: list[str] = typer.Argument(None, help="key=value, e.g. set=[steps=500]", metavar="[KEY=VALUE]..."),
 ) -> None:
     """Compare adaptation runs that differ in a few keys: a table and a picture. Run it again to go on.
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_a_grid_is_every_combination(make_ablation):
     ]  # fmt: skip
     assert planned[1].variant == "lora.r 2, temporal frozen"
     assert Path(planned[1].config.run_dir).parent.name == "lora.r-2-temporal-frozen"
+
+
+def test_what_all_rows_change_comes_before_what_one_changes(make_ablation):
+    variants = [{"name": "rank 4"}, {"name": "long", "set": ["steps=50"]}]
+    planned = plan_runs(make_ablation(set=["steps=20", "lora.r=2"], variants=variants))
+    assert [(run.config.steps, run.config.lora.r) for run in planned] == [(20, 2), (50, 2)]
 
 
 def test_a_base_may_be_a_file(make_ablation, tmp_path):
@@ -201,7 +208,9 @@ def test_shipped_ablations_are_valid_runs(name, monkeypatch):
     text = (CONFIGS / name).read_text()
     config = load_config(AblationConfig, CONFIGS / name)
     planned = plan_runs(config)
-    assert f"Command: kymo ablate jobs/configs/{name}" in text
+    command = re.search(rf"^# Command: kymo ablate jobs/configs/{name}(.*)$", text, re.MULTILINE)
+    assert command is not None
+    assert plan_runs(load_config(AblationConfig, CONFIGS / name, command[1].split()))
     assert f"{len(planned)} runs" in text
     assert f"Result: {config.run_dir}/ablation." in text
 
