@@ -20,13 +20,42 @@ _CLIP_RUN = 3  # equal samples in a row at the recording's extreme that count as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Faults:
-    """Cumulated counts of faulty samples, (N + 1,) or None for none: native ones, `saturated` in the output."""
+class Runs:
+    """Stretches of faulty samples among `size`: a running count of a day would take 177 MB a channel.
 
-    flat: np.ndarray | None
-    clipped: np.ndarray | None
-    nan: np.ndarray | None
-    saturated: np.ndarray | None
+    Attributes:
+        starts: First sample of each stretch, ascending.
+        before: Faulty samples before each stretch, and at the end all of them.
+    """
+
+    starts: np.ndarray
+    before: np.ndarray
+    size: int
+
+    @property
+    def total(self) -> int:
+        """All faulty samples."""
+        return int(self.before[-1])
+
+    def between(self, first: int, last: int) -> int:
+        """Faulty samples from `first` to before `last`."""
+        return self._until(last) - self._until(first)
+
+    def _until(self, place: int) -> int:
+        run = int(np.searchsorted(self.starts, place, side="right")) - 1
+        if run < 0:
+            return 0
+        return int(min(self.before[run] + place - self.starts[run], self.before[run + 1]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """Faulty samples by kind, None for none: native ones, `saturated` in the output."""
+
+    flat: Runs | None
+    clipped: Runs | None
+    nan: Runs | None
+    saturated: Runs | None
 
     @property
     def is_clean(self) -> bool:
@@ -36,30 +65,33 @@ class Faults:
     @property
     def is_mostly_flat(self) -> bool:
         """Whether more than half of the channel is constant, so that its amplitude says nothing about its unit."""
-        return self.flat is not None and 2 * int(self.flat[-1]) > self.flat.size - 1
+        return self.flat is not None and 2 * self.flat.total > self.flat.size
 
     def shares(self, native: tuple[int, int], output: tuple[int, int]) -> tuple[float, float, float]:
         """Flat, clipped and missing share of a stretch, given as first and last sample at either rate."""
-        flat, clipped, nan = (_share(sums, *native) for sums in (self.flat, self.clipped, self.nan))
+        flat, clipped, nan = (_share(runs, *native) for runs in (self.flat, self.clipped, self.nan))
         return flat, max(clipped, _share(self.saturated, *output)), nan
 
 
-def _share(sums: np.ndarray | None, first: int, last: int) -> float:
-    if sums is None:
+def _share(runs: Runs | None, first: int, last: int) -> float:
+    if runs is None:
         return 0.0
-    last = min(last, sums.size - 1)
-    return round(float(sums[last] - sums[first]) / max(1, last - first), 4)
+    last = min(last, runs.size)
+    return round(runs.between(first, last) / max(1, last - first), 4)
 
 
-def cumulated(flags: np.ndarray) -> np.ndarray | None:
-    """Running count of the flags set, (N + 1,) int64, or None for none."""
+def runs_of(flags: np.ndarray) -> Runs | None:
+    """Stretches of the flags set, or None for none."""
     if not flags.any():
         return None
-    return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(flags, dtype=np.int64)))
+    edges = np.flatnonzero(flags[1:] != flags[:-1]) + 1
+    starts, stops = np.concatenate(([0] * bool(flags[0]), edges, [flags.size] * bool(flags[-1]))).reshape(-1, 2).T
+    before = np.concatenate(([0], np.cumsum(stops - starts)))
+    return Runs(starts=starts.astype(np.int64), before=before.astype(np.int64), size=flags.size)
 
 
-def flat_samples(signal: np.ndarray, rate: Fraction, kind: str) -> np.ndarray | None:
-    """Cumulated samples that lie in a constant second."""
+def flat_samples(signal: np.ndarray, rate: Fraction, kind: str) -> Runs | None:
+    """Samples that lie in a constant second."""
     block = math.floor(rate)
     if kind not in ELECTRICAL or block < 2 or signal.size < block:
         return None
@@ -71,7 +103,7 @@ def flat_samples(signal: np.ndarray, rate: Fraction, kind: str) -> np.ndarray | 
         return None
     flags = np.zeros(signal.size, dtype=bool)
     flags[: whole.size].reshape(-1, block)[suspects] = True
-    return cumulated(flags)
+    return runs_of(flags)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +130,8 @@ def _blocks(signal: np.ndarray) -> Iterator[np.ndarray]:
     return (signal[first : first + _BLOCK] for first in range(0, signal.size, _BLOCK))
 
 
-def clipped_samples(signal: np.ndarray, kind: str, extremes: Extremes | None = None) -> np.ndarray | None:
-    """Cumulated samples in runs of three and more at the recording's own extremes."""
+def clipped_samples(signal: np.ndarray, kind: str, extremes: Extremes | None = None) -> Runs | None:
+    """Samples in runs of three and more at the recording's own extremes."""
     if kind not in ELECTRICAL or signal.size < _CLIP_RUN:
         return None
     found = extremes or Extremes.of(signal)
@@ -112,7 +144,7 @@ def clipped_samples(signal: np.ndarray, kind: str, extremes: Extremes | None = N
     flags = np.zeros(signal.size, dtype=bool)
     for shift in range(_CLIP_RUN):
         flags[np.concatenate(starts) + shift] = True
-    return cumulated(flags)
+    return runs_of(flags)
 
 
 def _runs_at(signal: np.ndarray, extreme: np.floating, of_blocks: np.ndarray) -> np.ndarray:
@@ -169,8 +201,8 @@ def _sd_without_outliers(signal: np.ndarray, sd: float) -> float:
     return sd
 
 
-def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """int16 samples (T,), their scale in physical units, and the cumulated saturated samples.
+def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, float, Runs | None]:
+    """int16 samples (T,), their scale in physical units, and the saturated samples.
 
     The scale reaches the largest sample, `peak`, unless an outlier lies so far out that the quantisation noise would
     come within 70 dB of the rest of the signal; such outliers saturate, at 36 sd and beyond, and are flagged.
@@ -192,4 +224,4 @@ def quantise(signal: np.ndarray, sd: float, peak: float) -> tuple[np.ndarray, fl
             flags[place] = np.abs(rounded) > INT16_MAX
             np.clip(rounded, -INT16_MAX, INT16_MAX, out=rounded)
         samples[place] = rounded
-    return samples, scale, cumulated(flags)
+    return samples, scale, runs_of(flags)

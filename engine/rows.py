@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.dsp import fill_nan, harmonise, output_length, to_unit
-from engine.quality import Extremes, Faults, clipped_samples, cumulated, flat_samples, quantise, statistics
+from engine.quality import Extremes, Faults, clipped_samples, flat_samples, quantise, runs_of, statistics
 from engine.read import read_signals
 from engine.recording import Channel, Recording
 from engine.scan import resolve_channels
@@ -178,7 +178,7 @@ def _row(
         missing = ~np.isfinite(signal)
         if missing.all():
             raise RecordingError("SIGNAL_INVALID", f"channel {channel.index}: every sample is missing")
-        nan, signal = cumulated(missing), fill_nan(signal)
+        nan, signal = runs_of(missing), fill_nan(signal)
         extremes = Extremes.of(signal)
     flat, clipped = flat_samples(signal, channel.rate, tag.kind), clipped_samples(signal, tag.kind, extremes)
     rate = rule.stored_rate(channel.rate)
