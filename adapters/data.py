@@ -6,27 +6,32 @@ window is read that has no label.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute
 
 from adapters.config import TaskRun
 from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.recipes import Recipe
-from manifests.shards import SAMPLES_FILE, Snapshot, load_snapshot
+from manifests.shards import SAMPLES_FILE, Snapshot
 from manifests.tasks import Task, check_place, chosen_symbols, lacking, window_labels
+from trainer.cache import ShardCache
 from trainer.data import Address, Order
 from trainer.filters import SampleFilter
 from trainer.read import SnapshotReader, Window
-from trainer.samples import SnapshotSource, Stream, load_streams
+from trainer.samples import SnapshotSource, Stream, load_streams, open_snapshot, verified_table
+from trainer.storage import location
 
 logger = logging.getLogger(__name__)
+
+pc: Any = pyarrow.compute  # its functions are made at run time
 
 # What a bundle tells about a corpus. Split tables and file names may name persons; they stay at home.
 CORPUS_FACTS = ("title", "licence", "access", "citation", "mains_hz", "split_name")
@@ -44,6 +49,7 @@ class Labelled:
         counts: Windows per label, and of a single yes or no the others as `not LABEL`.
         symbols: Windows per channel that the task sees.
         left_out: Reason to number of windows left out.
+        locate: Local file of a shard; None: a shard is a local file itself.
     """
 
     streams: tuple[Stream, ...]
@@ -52,6 +58,7 @@ class Labelled:
     counts: dict[str, int]
     symbols: dict[str, int]
     left_out: dict[str, int]
+    locate: Callable[[Path], Path] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -59,16 +66,20 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskData:
-    """What a task learns from: its snapshots, whose recipe they share, and its windows by split."""
+    """What a task learns from: its snapshots, whose recipe they share, and its windows by split.
+
+    `cache` keeps shards of snapshots in an object store; None where all are on a disk.
+    """
 
     task: Task
     batch: int
     snapshots: tuple[Snapshot, ...]
     recipe: dict[str, Any]
     splits: dict[str, Labelled]
+    cache: ShardCache | None = None
 
 
-def load_task_data(task: Task, run: TaskRun) -> TaskData:
+def load_task_data(task: Task, run: TaskRun, *, cache: ShardCache | None = None) -> TaskData:
     """Labelled windows of a task in every split.
 
     Raises:
@@ -76,14 +87,17 @@ def load_task_data(task: Task, run: TaskRun) -> TaskData:
             windows or another split than the task's, a person on two sides of a strict split, or a label without a
             window in `train`.
     """
-    snapshots = tuple(load_snapshot(path) for path in run.snapshots)
+    snapshots = tuple(open_snapshot(path) for path in run.snapshots)
     if len({snapshot.recipe_digest for snapshot in snapshots}) > 1:
         found = ", ".join(f"{path}: {s.recipe['id']}" for path, s in zip(run.snapshots, snapshots, strict=True))
         raise ConfigError(f"task {task.id}: snapshots of different recipes ({found}); use one recipe per task")
     _check_recipe(task, snapshots[0].recipe)
     for snapshot in snapshots:
         _check_splits(task, snapshot)
-    splits = {split: _labelled(task, run, split=split) for split in ("train", "val", "test")}
+    tables = [_read_table(path, snapshot) for path, snapshot in zip(run.snapshots, snapshots, strict=True)]
+    splits = {split: _labelled(task, run, tables, split=split) for split in ("train", "val", "test")}
+    if cache is not None:
+        splits = {split: replace(labelled, locate=cache.locate) for split, labelled in splits.items()}
     _check_persons(task, splits, snapshots)
     train = splits["train"]
     if missing := [label for label, count in train.counts.items() if not count]:
@@ -95,7 +109,14 @@ def load_task_data(task: Task, run: TaskRun) -> TaskData:
     for split, labelled in splits.items():
         if not len(labelled):
             logger.warning("task %s: no labelled window in split %s; it is not scored there", task.id, split)
-    return TaskData(task=task, batch=run.batch, snapshots=snapshots, recipe=snapshots[0].recipe, splits=splits)
+    return TaskData(
+        task=task, batch=run.batch, snapshots=snapshots, recipe=snapshots[0].recipe, splits=splits, cache=cache
+    )
+
+
+def _read_table(path: str, snapshot: Snapshot) -> pa.Table:
+    with verified_table(location(path) / SAMPLES_FILE, snapshot.samples_sha256) as file:
+        return file.read(columns=COLUMNS)
 
 
 def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
@@ -151,16 +172,13 @@ def _check_persons(task: Task, splits: Mapping[str, Labelled], snapshots: Sequen
             )  # fmt: skip
 
 
-def _labelled(task: Task, run: TaskRun, *, split: str) -> Labelled:
+def _labelled(task: Task, run: TaskRun, tables: Sequence[pa.Table], *, split: str) -> Labelled:
     targets: dict[str, tuple[int, ...]] = {}
     subjects: dict[str, str] = {}
     symbols: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    for path in run.snapshots:
-        table = pq.read_table(Path(path) / SAMPLES_FILE, columns=COLUMNS)
-        for row in table.to_pylist():
-            if row["split"] != split:
-                continue
+    for table in tables:
+        for row in table.filter(pc.field("split") == split).to_pylist():
             labels = window_labels(task, stage=row["stage"], classes=row["classes"] or ())
             reason = _unusable(task, labels, row["symbols"])
             if reason or labels is None:
@@ -224,7 +242,7 @@ def read_spread(labelled: Labelled, *, limit: int, batch: int, part: int = 0, pa
     """Batches `part`, `part + parts`, … of the windows of `spread_addresses`; a batch is the same for any `parts`."""
     addresses = spread_addresses(labelled, limit=limit)
     order = Order(labelled.streams, seed=0, global_batch=batch)
-    reader = SnapshotReader(labelled.streams)
+    reader = SnapshotReader(labelled.streams, locate=labelled.locate)
     try:
         for first in range(part * batch, len(addresses), parts * batch):
             yield reader.read(addresses[first : first + batch], order=order)

@@ -123,4 +123,4 @@ def _narrowed(item: TaskData, run: TaskRun) -> TaskData:
                 f"channels: intersection: all {len(train)} training windows of task {task.id} share {len(found)} "
                 f"channel(s) of {kind}, it needs {least}; use union, or snapshots of more like montages"
             )
-    return load_task_data(task, run)
+    return load_task_data(task, run, cache=item.cache)

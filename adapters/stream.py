@@ -11,7 +11,6 @@ from adapters.sampling import Share
 from adapters.update import LabelledBatch
 from manifests.tasks import Task
 from trainer.batches import ChannelBatch, generator, stable_hash
-from trainer.cache import ShardCache
 from trainer.collectives import rank, world_size
 from trainer.data import Order, rank_slice
 from trainer.read import SnapshotReader, Window
@@ -28,9 +27,7 @@ def task_order(data: TaskData, share: Share, *, seed: int) -> Order:
     return Order(train.streams, seed=stable_hash(seed, data.task.id), global_batch=share.batch, block_samples=whole)
 
 
-def labelled_batches(
-    data: TaskData, share: Share, *, seed: int, start: int, cache: ShardCache | None = None
-) -> Generator[LabelledBatch, None, None]:
+def labelled_batches(data: TaskData, share: Share, *, seed: int, start: int) -> Generator[LabelledBatch, None, None]:
     """Endless batches of a task from step `start` on: this rank's slice of each.
 
     Where a step has fewer windows of the task than there are ranks, the ranks without one get the first window of all
@@ -38,7 +35,7 @@ def labelled_batches(
     """
     train = data.splits["train"]
     order = task_order(data, share, seed=seed)
-    reader = SnapshotReader(train.streams, num_threads=1, locate=None if cache is None else cache.locate)
+    reader = SnapshotReader(train.streams, num_threads=1, locate=train.locate)
 
     def work(_: int, windows: list[Window]) -> LabelledBatch:
         batch = collate_task(data.task, windows)

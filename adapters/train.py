@@ -160,7 +160,7 @@ def train_tasks(
     began = time.monotonic()
     run_dir = Path(config.run_dir)
     fingerprint = _fingerprint(config, data)
-    with explained_timeouts(config.collective_timeout_s):
+    with explained_timeouts(config.collective_timeout_s), _closing_cache(data):
         found = from_rank_0(lambda: _read_result(run_dir, fingerprint))
         if found is None:
             with _held(run_dir):
@@ -177,12 +177,14 @@ def train_tasks(
 
 def load_data(config: TaskTraining) -> dict[str, TaskData]:
     """Labelled windows of every task of a run, by the task's id."""
+    sources = [SnapshotSource(path=path) for run in config.tasks for path in run.snapshots]
+    cache = open_cache(config.cache, sources)
     data: dict[str, TaskData] = {}
     for run in config.tasks:
         task = load_task(run.task)
         if task.id in data:
             raise ConfigError(f"tasks: {task.id} stands twice; a run learns a task once")
-        data[task.id] = load_task_data(task, run)
+        data[task.id] = load_task_data(task, run, cache=cache)
     return data
 
 
@@ -203,6 +205,17 @@ def _read_result(run_dir: Path, fingerprint: str) -> tuple[dict[str, Any], dict[
     result = json.loads(path.read_text(encoding="utf-8"))
     check_fingerprint(path, result["fingerprint"], fingerprint)
     return result, load((run_dir / TRAINED_FILE).read_bytes())
+
+
+@contextmanager
+def _closing_cache(data: Mapping[str, TaskData]) -> Iterator[None]:
+    """Let go of the shards of an object store at the end."""
+    try:
+        yield
+    finally:
+        for item in data.values():
+            if item.cache is not None:
+                item.cache.close()
 
 
 @contextmanager
@@ -248,12 +261,9 @@ def _train(
     rows = Rows(run_dir, after=progress.step, report=report, is_active=rank() == 0)
     with ExitStack() as stack:
         stopper = stack.enter_context(Stopper(run_dir))
-        cache = open_cache(config.cache, [SnapshotSource(path=path) for run in config.tasks for path in run.snapshots])
-        if cache is not None:
-            stack.callback(cache.close)
         batches = {
             name: stack.enter_context(
-                closing(labelled_batches(item, parts[name], seed=config.seed, start=progress.step, cache=cache))
+                closing(labelled_batches(item, parts[name], seed=config.seed, start=progress.step))
             )
             for name, item in data.items()
         }

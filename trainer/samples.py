@@ -201,7 +201,7 @@ def _read_streams(
     path: str, _fingerprint: str, _digest: str, keep_json: str, bucket_by: tuple[Shape, ...]
 ) -> tuple[Stream, ...]:
     snapshot, folder = open_snapshot(path), location(path)
-    with _verified_table(folder / SAMPLES_FILE, snapshot.samples_sha256) as file:
+    with verified_table(folder / SAMPLES_FILE, snapshot.samples_sha256) as file:
         rows = _read_rows(file, snapshot.shards, SampleFilter.model_validate_json(keep_json), bucket_by, where=folder)
     shards = shard_names(folder, snapshot)
     streams: list[Stream] = []
@@ -222,7 +222,7 @@ def _read_streams(
     return tuple(streams)
 
 
-def _verified_table(path: Path, sha256: str) -> pq.ParquetFile:
+def verified_table(path: Path, sha256: str) -> pq.ParquetFile:
     """samples.parquet, its hash checked before a byte of it is believed."""
     try:
         # From a disk it is hashed in pieces and then read a row group at a time; a store is asked only once.
