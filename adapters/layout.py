@@ -233,9 +233,10 @@ def chosen_tasks(manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:
 
 
 def _check_place(path: Path, name: str) -> None:
-    """Refuse a link out of the bundle; those of the hub's cache go to its `blobs` and are fine."""
+    """Refuse a link out of the bundle; those of the hub's cache go to `blobs`, the repository's or (Xet) all's."""
     target, root = (path / name).resolve(), path.resolve()
-    if not target.is_relative_to(root) and not target.is_relative_to(root.parent.parent / "blobs"):
+    places = (root, *(folder / "blobs" for folder in root.parents[1:3]))
+    if not any(target.is_relative_to(place) for place in places):
         raise ContractError(f"{path / name}: links to {target}, outside the bundle; put the file itself there")
 
 

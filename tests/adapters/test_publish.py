@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, whoami
 
 from adapters.bundle import load_bundle
 from adapters.hub import Access
-from adapters.layout import read_manifest
+from adapters.layout import Manifest, read_manifest
 from adapters.publish import Publication, publish
 from adapters.source import fetch_bundle
 from manifests.errors import ConfigError, ContractError
@@ -173,6 +173,8 @@ def restricted_bundle(bundle_dir: Path, tmp_path: Path) -> Path:
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "bundle.json").read_text())
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    changed = Manifest.model_validate(manifest)
+    manifest["digest"] = changed.content_digest()
     (folder / "bundle.json").write_text(json.dumps(manifest))
     return folder
 
