@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from adapters.bundle import load_bundle, write_bundle
 from adapters.conformance import read_conformance
 from adapters.evaluate import collate_task
-from adapters.layout import Reference, read_manifest, task_files
+from adapters.layout import Reference, parse_reference, read_manifest, task_files
 from adapters.model import MultiTaskModel
 from manifests.config import digest
 from manifests.errors import ConfigError, ContractError
@@ -372,3 +372,18 @@ def test_a_bundle_tells_no_persons_of_the_pretraining(bundle_dir):
     assert facts is not None
     assert facts.subjects is None
     assert facts.corpora["staged"]["subjects"] == 4
+
+
+def test_a_reference_is_a_commit_and_a_file():
+    commit = "c0ffee" + "0" * 34
+    assert parse_reference(f"lab/sleep@{commit}") == Reference(repo_id="lab/sleep", revision=commit)
+    assert parse_reference(f"lab/sleep@{commit}:a/b.safetensors").filename == "a/b.safetensors"
+    for text in (
+        "lab/sleep",
+        "lab/sleep@v1",
+        "lab@main",
+        f"lab/sleep@{commit}:x.bin",
+        f"lab/sleep@{commit}:../x.safetensors",
+    ):
+        with pytest.raises(ConfigError, match="give OWNER/NAME@COMMIT"):
+            parse_reference(text)
