@@ -164,20 +164,27 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
 
 def status(
-    folder: str = typer.Argument(help="Output of kymo convert, or run_dir or storage of kymo pretrain."),
+    folder: str = typer.Argument(help="Output of kymo convert, run_dir or storage of kymo pretrain, run_dir of adapt."),
     watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until it ends; Ctrl-C leaves it be."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
     as_json: bool = typer.Option(False, "--json", help="The whole state once, as JSON."),
 ) -> None:
-    """Show how far a conversion or a pretraining run is, how fast, whether it is well, and when it will be done.
+    """Show how far a conversion or a run is, how fast, whether it is well, and when it will be done.
 
     Example: kymo status demo/runs/sleep --watch
     """
+    from adapters import status as learn_status
     from engine import status as engine_status
-    from engine.storage import location
+    from engine.storage import is_remote, location
+    from jobs import learn_screen
     from trainer import status as run_status
 
     place = location(folder)
+    if not is_remote(place) and learn_status.is_learn_run(place):
+        is_once = as_json or not watch
+        states = [learn_status.learn_status(place)] if is_once else learn_status.watch(place)
+        learn_screen.show(states, as_json=as_json)
+        return
     is_run = run_status.is_run(place)
     if as_json:
         state = run_status.run_status(place).to_json() if is_run else asdict(engine_status.status(place))

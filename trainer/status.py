@@ -1,6 +1,5 @@
 """How a pretraining run is, read from its folder while it trains or after it ended. Loads without torch."""
 
-import fcntl
 import socket
 import statistics
 import time
@@ -14,6 +13,7 @@ import psutil
 
 from manifests.config import read_yaml
 from manifests.errors import ConfigError
+from trainer.lock import is_held
 from trainer.metrics import read_metrics
 from trainer.mirror import newest_stored
 from trainer.paths import CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped
@@ -144,7 +144,7 @@ def watch(run_dir: Path, *, interval_s: float = 1.0) -> Iterator[RunStatus]:
 def _state(
     run_dir: Path, beat: Heartbeat | None, rows: Sequence[Mapping[str, float]], *, steps: int, now: float
 ) -> tuple[str, str]:
-    is_driven = _is_held(run_dir / LAUNCH_LOCK_FILE)
+    is_driven = is_held(run_dir / LAUNCH_LOCK_FILE)
     if beat is None:
         is_done = bool(rows) and rows[-1]["step"] >= steps
         return ("starting" if is_driven else "finished" if is_done else "stopped"), ""
@@ -188,15 +188,3 @@ def _newest_checkpoint(store: Path, beat: Heartbeat | None) -> tuple[str | None,
     if beat is not None and beat.checkpoint:
         return beat.checkpoint, beat.checkpoint_time
     return newest_stored(store) or (None, 0.0)
-
-
-def _is_held(path: Path) -> bool:
-    """Whether another process on this machine holds a lock file."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
