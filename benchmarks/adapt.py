@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from engine.config import ConvertConfig
 from engine.convert import convert_all
 from engine.rows import Losses
 from engine.synthetic import synthesise
+from jobs import cli
 from jobs.predict import stranger, windows_of
 from manifests.config import dump_yaml, load_config
 from manifests.recipes import load_recipe
@@ -208,13 +208,19 @@ def measure_steps(folder: Path, windows: list[Window], rounds: int) -> dict[str,
     }
 
 
+def peak_mib() -> float:
+    """Most memory that this process has had. `ru_maxrss` would do, but a child begins with that of its parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def _step_memory(folder: str, tasks: tuple[str, ...], method: str, windows: list[Window], queue: Any) -> None:
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     step = Stepper(Path(folder), tasks, windows, method)
     for _ in range(3):
         step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(peak_mib() - before)
 
 
 def measure_step_memory(folder: Path, windows: list[Window]) -> dict[str, Any]:
@@ -241,18 +247,30 @@ def measure_long(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for hours in (1, LONG_H):
         path = write_edf(folder / f"{hours}h.edf", SIX_CHANNELS, hours)
-        command = [sys.executable, "-m", "jobs.cli", "predict", str(folder / "bundle"), str(path)]
-        command += ["--out", str(folder / "out"), "--task", TASKS[0], "--format", "csv", "--format", "edf"]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+        arguments = ["predict", str(folder / "bundle"), str(path), "--out", str(folder / "out"), "--task", TASKS[0]]
+        child = subprocess.Popen(
+            [sys.executable, __file__, "--kymo", *arguments], stdout=subprocess.PIPE, text=True, cwd=CONFIG.parents[2]
+        )
+        assert child.stdout is not None
+        text = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
-        found[f"{hours} h: peak MiB"] = usage.ru_maxrss / 1024
+            raise SystemExit(f"kymo {' '.join(arguments)}: exit code {child.returncode}\n{text}")
+        found[f"{hours} h: peak MiB"] = float(text.splitlines()[-1])
         found[f"{hours} h: CPU s"] = usage.ru_utime + usage.ru_stime
         path.unlink()
     more = found[f"{LONG_H} h: peak MiB"] - found["1 h: peak MiB"]
     return {**found, "MiB more for each channel and hour": more / (LONG_H - 1) / len(SIX_CHANNELS)}
+
+
+def run_kymo(arguments: list[str]) -> None:
+    """Run the command line here, and print the most memory that it took."""
+    sys.argv = ["kymo", *arguments]
+    try:
+        cli.main()
+    finally:
+        print(peak_mib())
 
 
 def main() -> None:
@@ -260,7 +278,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=f"{FAST_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--out", type=Path, help="folder for adapt.json and adapt.md")
+    parser.add_argument("--only", action="append", help="name of a part, such as `switching`; repeatable")
+    parser.add_argument("--kymo", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.kymo:
+        run_kymo(options.kymo)
+        return
     rounds = FAST_ROUNDS if options.fast else ROUNDS
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
@@ -279,6 +302,8 @@ def main() -> None:
         }
         results: dict[str, dict[str, Any]] = {}
         for name, measure in parts.items():
+            if options.only and name not in options.only:
+                continue
             results[name] = measure()
             print(f"\n{name}")
             for what, value in results[name].items():

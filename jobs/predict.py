@@ -1,5 +1,6 @@
 """A stranger's recording through a bundle, from the bundle alone: what suits it, its windows, its predictions."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -327,6 +328,13 @@ def check_options(recording: Recording, corpus: Corpus) -> None:
             raise ConfigError(f"{label!r}: unit {unit!r}: {error}") from None
 
 
+def recording_name(path: Path) -> str:
+    """Name of a recording without the suffixes of its file; one of several in a file has both names."""
+    file, member = split_member(path)
+    stem = Path(file.stem).stem if file.suffix == ".gz" else file.stem
+    return f"{stem}_{re.sub(r'[^A-Za-z0-9.-]+', '-', member)}" if member else stem
+
+
 def windows_of(path: Path, corpus: Corpus, recipe: Recipe, losses: Losses) -> Iterator[Window]:
     """Windows of a recording as the model takes them."""
     for number, sample in enumerate(
@@ -337,7 +345,7 @@ def windows_of(path: Path, corpus: Corpus, recipe: Recipe, losses: Losses) -> It
             position=number,
             epoch=0,
             corpus=corpus.id,
-            recording=path.stem,
+            recording=recording_name(path),
             meta=sample.meta,
             arrays=sample.arrays,
         )

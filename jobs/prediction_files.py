@@ -15,7 +15,7 @@ from adapters.predict import Prediction
 from adapters.tables import Track, csv_columns, csv_row, events_columns, events_row, events_sidecar
 from engine.annotate import write_annotations
 from engine.files import companions
-from jobs.predict import FileRun
+from jobs.predict import FileRun, recording_name
 from manifests.errors import ConfigError
 
 Format = Literal["csv", "edf", "bids", "png"]
@@ -59,7 +59,7 @@ class PredictionFiles:
         return [path for format_ in self._formats for path in self._paths(task, format_)]
 
     def _paths(self, task: str, format_: Format) -> list[Path]:
-        stem = self._run.path.stem
+        stem = recording_name(self._run.path)
         if format_ != "bids":
             return [self._folder / f"{stem}.{task}.{format_}"]
         source = next((stem.removesuffix(suffix) for suffix in _SUFFIXES if stem.endswith(suffix)), stem)

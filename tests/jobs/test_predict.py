@@ -1,5 +1,6 @@
 """A stranger's file through a bundle, and what it says when the file does not suit."""
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jobs.predict
-from jobs.predict import open_file, predict_file, stranger
+from jobs.predict import open_file, predict_file, recording_name, stranger
 from manifests.config import dump_yaml
 from manifests.errors import ConfigError, RecordingError
 
@@ -223,3 +224,17 @@ def test_odd_names_and_labels_are_read(bundle, tmp_path, write_eeg):
     path = write_eeg(tmp_path / "night [1] #2 * é.edf", label="[x]*{7}")
     found = predict_file(bundle, path, stranger(path, channels=["[x]*{7}=eeg:C3-M2"]))
     assert len(found.predictions) == 3
+
+
+def test_names_of_files_tell_recordings_apart(bundle, tmp_path, write_eeg):
+    assert recording_name(Path("a/night.v2.edf")) == "night.v2"
+    assert recording_name(Path("a/exams.hdf5#subj/117")) == "117"  # a path, not a member
+    assert recording_name(Path("a/exams.hdf5#1 17")) == "exams_1-17"
+    plain = write_eeg(tmp_path / "night.edf")
+    packed = tmp_path / "night.edf.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    found = predict_file(bundle, packed, stranger(packed)).predictions
+    assert [item.recording for item in found] == ["night"] * 3
+    assert [item.probabilities for item in found] == [
+        item.probabilities for item in predict_file(bundle, plain, stranger(plain)).predictions
+    ]
