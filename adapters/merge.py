@@ -5,8 +5,10 @@ frozen, so the files of the other tasks stay as they are, byte by byte.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +48,7 @@ def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access
         access: The hub, for a base that is a reference.
 
     Raises:
-        ConfigError: A task that the bundle has, or adapters of another kind than its own.
+        ConfigError: A task that the bundle has, adapters of another kind than its own, or a run of another bundle.
         ContractError: The bundle is not whole.
     """
     bundle_dir = Path(bundle_dir)
@@ -67,14 +69,20 @@ def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access
     load_strict(SHARED_FILE, encoder.get_submodule(SHARED), shared)
     card = read_card(bundle_dir / BASE_FOLDER)
     folder = Path(config.run_dir) / "encoder"
-    save_encoder(
-        folder,
+    own = folder.with_name(f".encoder-{os.getpid()}")  # under torchrun every rank plans, and all write the same
+    found = save_encoder(
+        own,
         encoder,
         recipes=card.recipes,
         step=card.step,
         licence=card.licence,
         pretrained_on=card.pretrained_on,
     )
+    with suppress(OSError):  # it is there already
+        own.rename(folder)
+    shutil.rmtree(own, ignore_errors=True)
+    if read_card(folder) != found:
+        raise ConfigError(f"{folder}: of another bundle; choose another run_dir")
     return AdaptConfig.model_validate({**config.model_dump(), "encoder": str(folder), "temporal": "frozen"})
 
 

@@ -2,22 +2,27 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd
 from safetensors.torch import load_file, save_file
 
 from adapters.bundle import load_bundle, write_bundle
 from adapters.conformance import read_conformance
 from adapters.evaluate import collate_task
+from adapters.hub import Access
 from adapters.layout import Reference, parse_reference, read_manifest, task_files
 from adapters.model import MultiTaskModel
+from adapters.publish import publish
 from manifests.config import digest
 from manifests.errors import ConfigError, ContractError
-from trainer.export import load_encoder, read_card, save_encoder
+from trainer.export import load_encoder, read_card, save_encoder, write_file
 
 
 @pytest.fixture
@@ -327,44 +332,64 @@ def test_tasks_of_one_recipe_are_grouped(bundle_dir):
 
 
 @pytest.fixture
-def fetched(encoder_dir, monkeypatch) -> list[tuple[str, str, str]]:
-    """A hub that has the encoder of the tests under every name; what was asked of it."""
-    asked: list[tuple[str, str, str]] = []
-
-    def fetch(repo_id: str, revision: str, filename: str, *, access: object) -> Path:
-        asked.append((repo_id, revision, filename))
-        return encoder_dir / "encoder.safetensors"
-
-    monkeypatch.setattr("adapters.bundle.fetch_file", fetch)
-    return asked
+def access(hub: Any) -> Access:
+    return Access(endpoint=hub.url, token=hub.TOKEN)
 
 
-def test_base_by_reference_is_fetched_by_its_commit(adapted, bundle_dir, fetched, tmp_path):
-    reference = Reference(repo_id="lab/sleep", revision="c0ffee" + "0" * 34)
-    bundle = write_bundle(adapted, tmp_path / "bundle", base=reference)
-    assert not (bundle.path / "base/encoder.safetensors").exists()
-    assert set(fetched) == {("lab/sleep", "c0ffee" + "0" * 34, "encoder.safetensors")}
+def put_base(access: Access, file: Path) -> Reference:
+    """An encoder in a repository of its own."""
+    api = access.api()
+    api.create_repo("lab/sleep", exist_ok=True)
+    commit = api.create_commit(
+        "lab/sleep", [CommitOperationAdd("encoder.safetensors", str(file))], commit_message="The encoder"
+    )
+    return Reference(repo_id="lab/sleep", revision=commit.oid)
+
+
+def test_base_on_the_hub_is_fetched_by_its_commit_once(hub, access, adapted, bundle_dir, tmp_path):
+    reference = put_base(access, bundle_dir / "base/encoder.safetensors")
+    written = write_bundle(adapted, tmp_path / "bundle", base=reference, access=access)
+    assert not (written.path / "base/encoder.safetensors").exists()
+    publish(written.path, "lab/tasks", tag="v1", access=access)
+    put_base(access, bundle_dir / "shared/temporal_encoder.safetensors")  # its main moves on
+    stranger = Access(endpoint=hub.url, token=hub.TOKEN, cache_dir=tmp_path / "cache")
+    bundle = load_bundle("lab/tasks@v1", access=stranger)
     record = bundle.records["rhythm"]
     windows, _ = read_conformance(bundle_dir / task_files("rhythm")["conformance"])
     batch = collate_task(record.task, windows)
     with torch.no_grad():
         whole = load_bundle(bundle_dir).model("rhythm", batch)
         torch.testing.assert_close(bundle.model("rhythm", batch), whole, rtol=0, atol=0)
+    hub.log.clear()
+    load_bundle("lab/tasks@v1", access=stranger)
+    assert hub.log == []
     text = (bundle.path / "README.md").read_text()
     assert "base_model: lab/sleep" in text
     assert "base_model_relation: adapter" in text
 
 
-def test_other_file_under_the_reference_is_refused(adapted, fetched, monkeypatch, make_encoder, tmp_path):
-    bundle = write_bundle(
-        adapted, tmp_path / "bundle", base=Reference(repo_id="lab/sleep", revision="c0ffee" + "0" * 34)
-    )
+def test_another_file_under_the_reference_is_refused(access, adapted, make_encoder, tmp_path):
     save_encoder(tmp_path / "other", make_encoder(seed=1), recipes={}, step=7)
-    other = tmp_path / "other" / "encoder.safetensors"
-    monkeypatch.setattr("adapters.bundle.fetch_file", lambda *_, **__: other)
+    reference = put_base(access, tmp_path / "other" / "encoder.safetensors")
     with pytest.raises(ContractError, match="SHA-256 is not the one"):
-        load_bundle(bundle.path)
-    assert read_manifest(bundle.path).base.sha256 == read_card(bundle.path / "base").sha256
+        write_bundle(adapted, tmp_path / "bundle", base=reference, access=access)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_exported_file_is_a_base_too_in_the_bundle_and_on_the_hub(access, adapted, encoder_dir, tmp_path):
+    """In the bundle without its header, which tells persons; on the hub it is what its holder has put there."""
+    file = tmp_path / "sleep.safetensors"
+    write_file(file, load_file(encoder_dir / "encoder.safetensors"), read_card(encoder_dir))
+    result = replace(adapted, config=adapted.config.model_copy(update={"encoder": str(file)}))
+    bundle = write_bundle(result, tmp_path / "whole")
+    facts = read_card(file).pretrained_on
+    assert facts is not None
+    assert facts.subjects is not None
+    person = facts.subjects["staged"][0].encode()
+    assert person in file.read_bytes()
+    assert not any(person in (bundle.path / name).read_bytes() for name in bundle.manifest.files)
+    referring = write_bundle(result, tmp_path / "referring", base=put_base(access, file), access=access)
+    assert referring.manifest.base.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_a_bundle_tells_no_persons_of_the_pretraining(bundle_dir):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def test_a_plan_is_the_same_every_time_and_refuses_what_does_not_fit(bundle_dir,
     encoder = load_encoder(f"{config.run_dir}/encoder")
     for name, tensor in encoder.get_submodule("temporal_encoder").state_dict().items():
         assert torch.equal(tensor, shared[name])
+    assert [path.name for path in Path(config.run_dir).iterdir()] == ["encoder"]
+    edited = json.loads((Path(config.run_dir) / "encoder" / "encoder.json").read_text()) | {"step": 8}
+    (Path(config.run_dir) / "encoder" / "encoder.json").write_text(json.dumps(edited))
+    with pytest.raises(ConfigError, match="of another bundle; choose another run_dir"):
+        plan_addition(bundle_dir, config)
     with pytest.raises(ConfigError, match="has a task rhythm already"):
         plan_addition(bundle_dir, one_task("rhythm"))
     with pytest.raises(ConfigError, match=r"kind lora, attn fused; the tasks of .* have lora, split"):
