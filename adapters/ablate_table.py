@@ -19,7 +19,7 @@ COLUMNS = (
     *("variant", "task", "metric", "value", "low", "high", "lowest_seed", "highest_seed", "chance"),
     *("seeds", "windows", "subjects", "trainable", "seconds"),
 )
-NAMES_IN, PANEL_IN, RIGHT_IN, ROW_IN, TITLE_IN, FOOT_IN = 2.5, 2.3, 1.5, 0.34, 0.62, 0.55  # inches
+NAMES_IN, PANEL_IN, RIGHT_IN, ROW_IN, TITLE_IN, FOOT_IN = 2.5, 2.3, 1.6, 0.34, 0.5, 0.68  # inches
 DPI = 120
 
 
@@ -55,8 +55,14 @@ def markdown_text(rows: Sequence[Row]) -> str:
         lines.append(_line([variant, *cells, f"{any_row.trainable:,}", f"{any_row.seconds:g}"]))
     seeds = sorted({row.seeds for row in rows})
     few = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    note = f"Mean of {few} seed{'s' if seeds[-1] != 1 else ''}; 95 % interval over subjects in brackets."
-    return "\n".join([*lines, "", note, ""])
+    note = f"Mean of {few} seed{'s' if seeds[-1] != 1 else ''}; 95 % interval over subjects in brackets. Scored on:"
+    scored = [f"* {task}: {_scored_on(next(row for row in rows if row.task == task))}" for task in tasks]
+    return "\n".join([*lines, "", note, "", *scored, ""])
+
+
+def _scored_on(row: Row) -> str:
+    """`1,200 windows of 8 subjects`."""
+    return f"{row.windows:,} window{'s'[: row.windows != 1]} of {row.subjects} subject{'s'[: row.subjects != 1]}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -91,11 +97,15 @@ def draw_rows(rows: Sequence[Row]) -> bytes:
         figure = Figure(figsize=(width, height), facecolor="white")
         canvas = FigureCanvasAgg(figure)
         tall = ROW_IN * len(by_variant) / height
+        figure.text(
+            0.01, 0.02, "bars: 95 % interval over subjects\nband: that of the first row", color=FAINT, fontsize=7.5
+        )
         for column, (task, metric) in enumerate(tasks.items()):
             left = (NAMES_IN + PANEL_IN * column) / width
             axes = figure.add_axes((left, FOOT_IN / height, 0.84 * PANEL_IN / width, tall))
             found = [of_task.get(task) for of_task in by_variant.values()]
-            _draw_panel(axes, found, title=task, label=METRICS[metric])
+            label = f"{METRICS[metric]}; dashes: chance\n{_scored_on(next(row for row in found if row))}"
+            _draw_panel(axes, found, title=task, label=label)
             axes.set_yticks(range(len(by_variant)), list(by_variant) if column == 0 else [""] * len(by_variant))
         _write_costs(figure, list(by_variant.values()), left=1 - RIGHT_IN / width, bottom=FOOT_IN / height, tall=tall)
         figure.set_dpi(DPI)
@@ -128,7 +138,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row | None], *, title: str, label: str
         axes.axvline(chance, color=FAINT, linewidth=1, linestyle="--")
     axes.set(ylim=(len(rows) - 0.45, -0.7))
     axes.set_title(title, loc="left", color=INK, fontsize=9.5)
-    axes.set_xlabel(f"{label}; dashes: chance", color=FAINT, fontsize=8)
+    axes.set_xlabel(label, color=FAINT, fontsize=8)
     axes.margins(x=0.12)
     axes.tick_params(axis="y", colors=INK, labelsize=8.5, length=0)
     axes.tick_params(axis="x", colors=FAINT, labelsize=8, length=0)
@@ -148,9 +158,9 @@ def _write_costs(
     axes.axis("off")
     for place, found in enumerate(by_variant):
         row = next(iter(found.values()))
-        for right, text in ((0.58, _short(row.trainable)), (0.97, f"{row.seconds:.0f} s")):
+        for right, text in ((0.5, _short(row.trainable)), (0.9, f"{row.seconds:.0f} s")):
             axes.text(right, place, text, color=INK, fontsize=8.5, ha="right", va="center")
-    for right, text in ((0.58, "trainable"), (0.97, "time")):
+    for right, text in ((0.5, "trainable"), (0.9, "time")):
         axes.text(right, -0.82, text, color=FAINT, fontsize=8, ha="right", va="bottom")
 
 

@@ -49,6 +49,10 @@ def row(variant: str, task: str = "staging", **changes) -> Row:
     return Row(variant=variant, task=task, **{**values, **changes})
 
 
+def _undefined(variant: str, task: str, **changes) -> Row:
+    return row(variant, task, value=None, interval=None, extremes=None, **changes)
+
+
 def test_every_variant_runs_with_every_seed_a_seed_after_the_other(make_ablation):
     config = make_ablation(
         variants=[{"name": "Rank 4"}, {"name": "attention only", "set": ["lora.targets=attention"]}], seeds=[0, 7]
@@ -173,7 +177,7 @@ def test_a_table_goes_on_where_it_was_killed(make_ablation):
 
 
 def test_csv_and_markdown_say_the_same(tmp_path):
-    rows = [row("rank 8"), row("rank 8", "rhythm", value=None, interval=None, extremes=None), row("a|b", value=-0.1)]
+    rows = [row("rank 8"), _undefined("rank 8", "rhythm", windows=1, subjects=1), row("a|b", value=-0.1)]
     lines = list(csv.DictReader(io.StringIO(csv_text(rows))))
     assert tuple(lines[0]) == COLUMNS
     assert [(line["variant"], line["value"], line["low"], line["highest_seed"]) for line in lines] == [
@@ -185,7 +189,10 @@ def test_csv_and_markdown_say_the_same(tmp_path):
         "| rank 8 | 0.500 (0.400–0.600) |  | 12,345 | 12.5 |",
         r"| a\|b | -0.100 (0.400–0.600) |  | 12,345 | 12.5 |",
         "",
-        "Mean of 2 seeds; 95 % interval over subjects in brackets.",
+        "Mean of 2 seeds; 95 % interval over subjects in brackets. Scored on:",
+        "",
+        "* staging: 100 windows of 10 subjects",
+        "* rhythm: 1 window of 1 subject",
     ]
     paths = write_table(tmp_path, rows)
     assert {path.name for path in tmp_path.iterdir()} == {"ablation.csv", "ablation.md", "ablation.png"}
@@ -194,7 +201,7 @@ def test_csv_and_markdown_say_the_same(tmp_path):
 
 def test_the_picture_grows_with_tasks_and_variants_and_has_equal_bytes():
     rows = [row(f"rank {rank}", task) for rank in (4, 8) for task in ("staging", "rhythm")]
-    rows += [row("a probe", value=None, interval=None, extremes=None)]
+    rows += [_undefined("a probe", "staging")]
     assert draw_rows(rows) == draw_rows(rows)
     assert draw_rows(rows) != draw_rows([row("rank 4", value=0.51), *rows[1:]])
     size, fewer = (imread(io.BytesIO(draw_rows(some)), format="png").shape for some in (rows, rows[:1]))
