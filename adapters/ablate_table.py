@@ -98,7 +98,11 @@ def draw_rows(rows: Sequence[Row]) -> bytes:
         canvas = FigureCanvasAgg(figure)
         tall = ROW_IN * len(by_variant) / height
         figure.text(
-            0.01, 0.02, "bars: 95 % interval over subjects\nband: that of the first row", color=FAINT, fontsize=7.5
+            0.01,
+            0.02,
+            "bars: 95 % interval over subjects\nband: that of the first row\nticks: lowest and highest seed",
+            color=FAINT,
+            fontsize=7.5,
         )
         for column, (task, metric) in enumerate(tasks.items()):
             left = (NAMES_IN + PANEL_IN * column) / width
@@ -129,7 +133,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row | None], *, title: str, label: str
             axes.plot(row.interval, [place, place], color=colour, linewidth=2.4, alpha=0.6, solid_capstyle="butt")
         if row.extremes is not None and row.seeds > 1:
             for end in row.extremes:
-                axes.plot([end, end], [place - 0.17, place + 0.17], color=colour, linewidth=1)
+                axes.plot([end, end], [place - 0.11, place + 0.11], color=colour, linewidth=1)
         axes.plot([row.value], [place], marker="o", color=colour, markersize=5.5)
         above = {"textcoords": "offset points", "xytext": (0, 5), "ha": "center", "fontsize": 7.5}
         axes.annotate(f"{row.value:.2f}", (row.value, place), color=colour, **above)
