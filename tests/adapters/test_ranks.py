@@ -60,12 +60,19 @@ def losses(config: AdaptConfig) -> list[float]:
 
 
 def assert_alike(config: AdaptConfig, reference: AdaptConfig) -> None:
-    """The same losses to 1e-6 of themselves, and weights to 1e-5 of what training did to them."""
+    """The same losses to 1e-6 of themselves, the same weights and scores.
+
+    Where the transformer is trained some gradients are next to nothing, and Adam makes of their rounding a share of a
+    step, which is 1e-3 or less; six steps were taken.
+    """
+    atol = 1e-6 if config.method == "lora" else 1e-5
     assert len(losses(config)) == 2 * config.steps
     assert losses(config) == pytest.approx(losses(reference), rel=1e-6)
     got, expected = (load_file(Path(item.run_dir) / TRAINED_FILE) for item in (config, reference))
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        if name.endswith(".k.bias"):
+            continue  # a softmax does not feel it: its gradient is rounding alone, and Adam makes steps of that
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
     results = [json.loads((Path(item.run_dir) / RESULT_FILE).read_text()) for item in (config, reference)]
     assert results[0]["scores"] == results[1]["scores"]
 
@@ -81,9 +88,9 @@ def test_any_number_of_ranks_learns_what_one_process_learns(make_runs, run_ranks
         assert_alike(config, alone)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_in_one_process_is_plain_torch(make_runs, stage: int) -> None:
-    split, plain = make_runs("split", zero_stage=stage), make_runs("plain")
+@pytest.mark.parametrize(("stage", "method"), [(1, "lora"), (2, "lora"), (1, "mmoe"), (2, "hps")])
+def test_zero_in_one_process_is_plain_torch(make_runs, stage: int, method: str) -> None:
+    split, plain = make_runs("split", zero_stage=stage, method=method), make_runs("plain", method=method)
     train(split)
     train(plain)
     assert_alike(split, plain)
