@@ -143,8 +143,10 @@ def _remembered(repo_id: str, ref: str, access: Access) -> str | None:
 
 
 def _remember(repo_id: str, ref: str, commit: str, access: Access) -> None:
-    with explained(f"{repo_id}: remember {ref}"):
+    try:
         write_atomically(_ref_file(repo_id, ref, access), commit)
+    except OSError as error:  # a cache that others fill: the hub is then asked each time
+        logger.warning("%s: what %s is cannot be kept in the cache (%s)", repo_id, ref, error.strerror)
 
 
 def is_unreachable(error: BaseException) -> bool:

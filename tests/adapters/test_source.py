@@ -223,6 +223,17 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(published, pull, acces
     assert load_bundle(pull()).records
 
 
+def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, published, pull, monkeypatch, caplog):
+    folder = pull(f"{REPO}@{published}")
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("adapters.hub.write_atomically", refused)
+    assert pull(f"{REPO}@v1") == folder
+    assert "cannot be kept in the cache (Read-only file system)" in caplog.text
+
+
 def test_a_tampered_file_is_refused(hub, published, pull):
     name = "adapters/rhythm/head.safetensors"
     file = hub.repositories[REPO].commits[published][name]
