@@ -126,17 +126,17 @@ def _check_recipe(task: Task, recipe: dict[str, Any]) -> None:
             f"task {task.id}: recipe {loaded.id} keeps recorded rates, a task's model reads one; "
             "convert with a recipe that sets the rate"
         )
-    check_place(task, loaded.place)
-    if task.window_s not in (None, loaded.window_s):
-        raise ConfigError(
-            f"task {task.id}: wants windows of {task.window_s} s, recipe {loaded.id} has {loaded.window_s} s; "
-            f"convert with {task.recipe or 'a recipe of that window'}, or set window_s in a task file of your own"
-        )
     kinds = loaded.kinds
     if absent := [kind for kind in task.min_channels if kind not in kinds]:
         raise ConfigError(
             f"task {task.id}: needs {', '.join(absent)}, recipe {recipe['id']} has {', '.join(kinds)}; "
             "convert with another recipe"
+        )
+    check_place(task, loaded.place)
+    if task.window_s not in (None, loaded.window_s):
+        raise ConfigError(
+            f"task {task.id}: wants windows of {task.window_s} s, recipe {loaded.id} has {loaded.window_s} s; "
+            f"convert with {task.recipe or 'a recipe of that window'}, or set window_s in a task file of your own"
         )
     if len({kinds[kind].rate_hz for kind in task.kinds if kind in kinds}) > 1:
         rates = {kind: kinds[kind].rate_hz for kind in task.kinds if kind in kinds}
