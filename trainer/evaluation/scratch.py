@@ -104,7 +104,8 @@ def _fit(
         (windows,) = read_windows(rows.iloc[places], batch=len(places))
         truth = torch.from_numpy(target[places]).to(weight.device)
         optimizer.zero_grad()
-        cross_entropy(net(windows), truth, weight=weight).backward()
+        loss = cross_entropy(net(windows), truth, weight=weight)
+        loss.backward()  # one process, no DeepSpeed
         nn.utils.clip_grad_norm_(net.parameters(), CLIPPING)
         optimizer.step()
         schedule.step()
