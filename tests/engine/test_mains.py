@@ -98,5 +98,5 @@ def test_real_recordings_hum_as_their_countries_do(shared_data, file, expected):
     reader = sniff(path)
     assert reader is not None
     recording = read_header(path, reader)
-    able = [channel for channel in recording.channels if channel.rate > 110][:8]
+    able = [channel for channel in recording.channels if channel.rate > 110]
     assert find_mains(recording, able).hz in expected
