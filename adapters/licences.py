@@ -192,7 +192,7 @@ def check_publication(
 _NO_DERIVATIVES = "permits no derivatives, and trained weights may be one"
 _DOUBTS = {
     RESTRICTED: "an agreement governs what may be shared; read it before anybody else sees the weights",
-    UNKNOWN: "its terms are not known here",
+    UNKNOWN: "its terms are not known here (of an encoder of yours, state them: licence in its pretraining YAML)",
 }
 
 

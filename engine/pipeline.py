@@ -29,6 +29,7 @@ from engine.plan import PlanItem, Unit
 from engine.sandbox import where_of
 from engine.storage import is_remote, remove_dead_work, work_folder, writable
 from manifests.errors import ConfigError, ContractError
+from manifests.ray_start import start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def _ray(num_cpus: int | None) -> Iterator[None]:
         # Ray's C++ side writes a line about `max_restarts` across the progress bar.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-    ray.init(**options)
+    start_ray(lambda: ray.init(**options), ray.shutdown)
     try:
         yield
     finally:

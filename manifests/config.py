@@ -210,10 +210,10 @@ def load_shipped(model: type[ConfigT], folder: Path, name_or_path: str | Path, *
     if path.suffix != ".yaml":
         path = folder / f"{name_or_path}.yaml"
         if not path.exists():
-            known = ", ".join(shipped_names(folder))
-            raise ConfigError(
-                f"{noun} {str(name_or_path)!r}: not shipped; known: {known}; or give the path of a YAML file"
-            )
+            names = shipped_names(folder)
+            near = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)};"
+            raise ConfigError(f"{noun} {str(name_or_path)!r}: not shipped; {hint} or give the path of a YAML file")
     loaded = load_config(model, path)
     if path.parent == folder and getattr(loaded, "id", None) != path.stem:
         raise ConfigError(f"{path}: id {getattr(loaded, 'id', None)!r} differs from the file's name")

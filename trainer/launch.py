@@ -26,6 +26,7 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from manifests.errors import ConfigError, ContractError
+from manifests.ray_start import start_ray
 from trainer.checkpoint_store import step_of
 from trainer.collectives import rank
 from trainer.config import PretrainConfig, RayConfig
@@ -307,15 +308,19 @@ def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
 def start_local_ray(num_cpus: int) -> None:
     """Start a Ray on this machine, for `num_cpus` logical CPUs; the caller shuts it down."""
     os.environ[WATCHER_SWITCH] = "0"  # nobody gives notice of taking this machine away
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-        runtime_env={"worker_process_setup_hook": set_up_logging},
-    )
+
+    def start() -> None:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env={"worker_process_setup_hook": set_up_logging},
+        )
+
+    start_ray(start, ray.shutdown)
 
 
 @contextmanager
@@ -326,7 +331,7 @@ def _cluster(task: Launch) -> Iterator[None]:
         return
     address = task.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False)
+        start_ray(lambda: ray.init(address=address, log_to_driver=False), ray.shutdown)
     else:
         start_local_ray(int(task.most_workers * task.ray.cpus_per_worker) + 1)  # one for the controller
     try:

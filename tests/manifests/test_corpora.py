@@ -361,8 +361,10 @@ def test_a_wrong_corpus_file_is_refused(changes: dict[str, object], message: str
 
 
 def test_an_unknown_corpus_and_a_wrong_id_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'shhs': not shipped; known: .*eegmmidb"):
+    with pytest.raises(ConfigError, match=r"'shhs': not shipped; did you mean .*shhs1"):
         load_corpus("shhs")
+    with pytest.raises(ConfigError, match=r"'zzz': not shipped; known: .*eegmmidb"):
+        load_corpus("zzz")
     path = tmp_path / "mine.yaml"
     path.write_text((CORPORA_DIR / "eegmmidb.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     assert load_corpus(path).id == "eegmmidb"

@@ -156,9 +156,11 @@ def test_faults_are_named(change, message):
         validate(Task, {**BASE, **change}, where="x.yaml")
 
 
-def test_unknown_task_lists_the_known_ones():
+def test_unknown_task_names_the_nearest_or_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"did you mean sleep_staging"):
+        load_task("sleep_stagin")
     with pytest.raises(ConfigError, match=r"known: .*sleep_staging"):
-        load_task("staging")
+        load_task("zzz")
 
 
 def test_channels_are_chosen_by_kind_and_by_symbol():
