@@ -106,5 +106,5 @@ def show_task_scores(scores: dict[str, dict]) -> None:
                 interval = " to ".join(f"{bound:.3f}" for bound in entry["interval"]) if entry["interval"] else ""
                 chance = "" if entry["chance"] is None else f"{entry['chance']:.3f}"
                 value = "undefined" if entry["value"] is None else f"{entry['value']:.3f}"
-                rows.append((task, split, metric, value, chance, interval, found["n"]))
-    show_table("scores", ("task", "split", "metric", "value", "chance", "95 % interval", "n"), rows)
+                rows.append((task, split, metric, value, chance, interval, found["n"], found["subjects"]))
+    show_table("scores", ("task", "split", "metric", "value", "chance", "95 % interval", "windows", "subjects"), rows)

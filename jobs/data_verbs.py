@@ -151,6 +151,9 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
     if quarantine:
         console.print(f"kymo quarantine ls {settings.output} lists them; show, retry and waive go on", soft_wrap=True)
     counts = result.counts
+    if suspect := counts.get("unit_suspect"):
+        text = f"{suspect} channels have amplitudes outside the range of their kind: are their units right?"
+        console.print(f"[yellow]{text}[/] kymo report names them by corpus and kind", soft_wrap=True)
     hours = counts["seconds"] / 3600
     console.print(
         f"{counts['recordings'] - counts['quarantined']} of {counts['recordings']} recordings, {hours:.2f} h, "
@@ -178,6 +181,8 @@ def status(
     from engine.storage import is_remote, location
     from jobs import learn_screen
     from trainer import status as run_status
+    from trainer.lock import is_held
+    from trainer.paths import LAUNCH_LOCK_FILE
 
     place = location(folder)
     if not is_remote(place) and learn_status.is_learn_run(place):
@@ -186,6 +191,8 @@ def status(
         learn_screen.show(states, as_json=as_json)
         return
     is_run = run_status.is_run(place)
+    if not is_run and not is_remote(place) and is_held(place / LAUNCH_LOCK_FILE):
+        raise ConfigError(f"{place}: a run is starting under Ray and has not written anything yet; look again later")
     if as_json:
         state = run_status.run_status(place).to_json() if is_run else asdict(engine_status.status(place))
         print(json.dumps(state, indent=1, default=str))

@@ -10,9 +10,14 @@ import pytest
 
 from engine.config import ConvertConfig
 from engine.convert import convert_all
+from engine.finalise import ConvertResult, ExitCode
 from engine.synthetic import synthesise
 from jobs import cli
-from manifests.config import dump_yaml
+from jobs.data_verbs import run_conversion
+from manifests.config import dump_yaml, load_config
+from manifests.shards import load_snapshot
+from trainer.lock import hold
+from trainer.paths import LAUNCH_LOCK_FILE
 
 VERBS = [
     *("corpora", "fetch", "scan", "plan", "convert", "status", "verify", "report", "preview"),
@@ -198,6 +203,23 @@ def test_each_verb_of_quarantine_shows_an_example(capsys: pytest.CaptureFixture[
     code, text = run(capsys, "quarantine", verb, "--help")
     assert code == 0
     assert f"Example: kymo quarantine {verb}" in re.sub(r"\s+", " ", text)
+
+
+def test_a_run_that_ray_is_starting_is_told_as_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with hold(tmp_path / LAUNCH_LOCK_FILE, patience_s=0.0):
+        assert "a run is starting under Ray" in run(capsys, "status", tmp_path)[1]
+    assert "starting" not in run(capsys, "status", tmp_path)[1]  # its driver is gone
+
+
+@pytest.mark.parametrize("suspect", [0, 3])
+def test_amplitudes_that_no_such_signal_has_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshot: Path, suspect: int
+) -> None:
+    counts = {**load_snapshot(snapshot).counts, "unit_suspect": suspect}
+    result = ConvertResult(exit_code=ExitCode.COMPLETE, snapshot=load_snapshot(snapshot), counts=counts, quarantine=())
+    monkeypatch.setattr("engine.pipeline.run", lambda *_, **__: result)
+    run_conversion(load_config(ConvertConfig, snapshot / "config.yaml"))
+    assert ("3 channels have amplitudes outside" in capsys.readouterr().out) == bool(suspect)
 
 
 def test_status_preview_and_report_of_a_snapshot(
