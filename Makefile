@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What takes more than a minute each: the demo, and a training worker that is killed.
+# What takes more than half a minute each: the demo, clusters, workers that are killed.
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 

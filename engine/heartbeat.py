@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from engine.storage import is_remote
+from manifests.config import read_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def heartbeat_path(output: Path, unit: str) -> Path:
 def read_heartbeat(output: Path, unit: str) -> Heartbeat | None:
     """Heartbeat of a unit that is being converted, or was when its process was killed; None for any other."""
     try:
-        return Heartbeat.model_validate_json(heartbeat_path(output, unit).read_bytes())
+        return Heartbeat.model_validate_json(read_at_once(heartbeat_path(output, unit)))
     except (FileNotFoundError, ValueError):  # a heartbeat of another version tells nothing
         return None
 
@@ -85,7 +86,7 @@ def append_progress(output: Path, unit: str, row: Mapping[str, Any]) -> None:
 def read_progress(output: Path, unit: str) -> list[dict[str, Any]]:
     """Complete lines of a unit's progress file; none before it began."""
     try:
-        text = progress_path(output, unit).read_text(encoding="utf-8")
+        text = read_at_once(progress_path(output, unit)).decode()
     except FileNotFoundError:
         return []
     # What follows the last line end is being written.

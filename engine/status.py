@@ -16,6 +16,7 @@ from engine.lock import LOCK_FILE, Holder
 from engine.plan import PLAN_FILE, PlanItem, Unit, read_plan
 from engine.quarantine import CONFIG_FILE, read_waivers, retried_path, settings_of
 from engine.storage import is_remote, sizes_in
+from manifests.config import read_at_once
 from manifests.errors import ConfigError
 from manifests.shards import SNAPSHOT_FILE, load_snapshot
 
@@ -112,7 +113,7 @@ def _is_held(output: Path) -> bool:
     path = output / LOCK_FILE
     if is_remote(output):
         try:
-            return not Holder.model_validate_json(path.read_bytes()).is_gone()
+            return not Holder.model_validate_json(read_at_once(path)).is_gone()
         except (FileNotFoundError, ValueError):
             return False
     try:

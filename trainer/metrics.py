@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from manifests.config import read_at_once
 from trainer.paths import METRICS_FILE
 
 SLOW_DATA = 0.05  # share of the time that a person should hear of
@@ -16,7 +17,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     path = (Path(run_dir) if isinstance(run_dir, str) else run_dir) / METRICS_FILE  # a UPath stays one
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_at_once(path).decode().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]  # a whole row ends with a line break
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from manifests.config import write_atomically
+from manifests.config import read_at_once, write_atomically
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,7 @@ STOP_FILE = "STOP"  # made by anyone, stops the run after the current step as SI
 def read_skipped(run_dir: Path) -> list[dict[str, Any]]:
     """Steps that were not taken (`step`, `loss`, `grad_norm`, `keys` of their batch); half a last row is left out."""
     path = run_dir / SKIPPED_FILE
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = read_at_once(path).decode().split("\n") if path.exists() else [""]
     return [json.loads(line) for line in lines[:-1]]
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import ray
 from ray.cluster_utils import Cluster
 
@@ -10,6 +11,7 @@ from engine.config import ConvertConfig
 from manifests.shards import SAMPLES_FILE, load_snapshot
 
 
+@pytest.mark.slow
 def test_a_cluster_of_three_nodes(converted: ConvertConfig, tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

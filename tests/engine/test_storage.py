@@ -324,6 +324,7 @@ def test_a_kill_in_the_middle_and_a_rerun_give_the_same_digest(
     assert not list((tmp_path / "scratch").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_ray_workers_convert_from_store_to_store(
     converted: ConvertConfig, folder: Path, raw: Path, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_an_encoder_is_evaluated_on_the_data_that_are_named(capsys, places, tmp_
     )
     assert code == 0, text
     assert "Better than random weights: not decided" in text
-    assert "Not known: the encoder came without the configuration of its run." in text
+    assert "Not known: the encoder's card does not tell what it was pretrained on" in text
     assert f"report: {tmp_path / 'out' / 'report.html'}" in text
     assert (tmp_path / "out" / "report.html").is_file()
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())

@@ -89,6 +89,7 @@ def balanced_accuracy(table: Path, recording: Path) -> float:
     return sum(sum(found) / len(found) for found in hits.values()) / 2
 
 
+@pytest.mark.slow
 def test_a_stranger_pulls_it_predicts_and_needs_no_network_the_second_time(
     hub: Any, trained: Path, stranger: Path, tmp_path: Path
 ) -> None:
