@@ -51,7 +51,7 @@ def corpora(
         )
         for corpus in wanted
     ]
-    columns = ("corpus", "access", "subjects", "recordings", "hours", "mains Hz", "licence")
+    columns = ("corpus", "access", "subjects", "recordings", "hours", "mains", "licence")
     show_table(f"corpora ({len(wanted)})", columns, cells)
     shared = [(c.id, ", ".join(c.overlaps)) for c in wanted if c.overlaps]
     show_table("overlaps", ("corpus", "shares recordings or persons with"), shared)

@@ -1,12 +1,13 @@
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobs import cli
 from manifests.config import dump_yaml
 from trainer.tiny import write_tiny_snapshot
+
+Kymo = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +29,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Exit code and output of `kymo ARGUMENTS`."""
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["kymo", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, capsys.readouterr().out
-
-
-def test_mix_shows_a_table_per_stretch_of_steps(capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    code, text = run(capsys, "mix", config)
+def test_mix_shows_a_table_per_stretch_of_steps(kymo: Kymo, config: Path) -> None:
+    code, text = kymo("mix", config)
     assert code == 0
     assert "steps 0 to 16: 72 samples, 0.2 h" in text
     assert "44.44%" in text
-    code, text = run(capsys, "mix", config, "curriculum=[{from_step: 4, weights: {a: 2, b: 1}}]", "--json")
+    code, text = kymo("mix", config, "curriculum=[{from_step: 4, weights: {a: 2, b: 1}}]", "--json")
     assert code == 0
     rows = {(row["from_step"], row["corpus"]): row for row in json.loads(text)}
     assert rows[0, "a"]["repeats"] == pytest.approx(0.5, rel=0.1)
@@ -54,18 +43,18 @@ def test_mix_shows_a_table_per_stretch_of_steps(capsys: pytest.CaptureFixture[st
     assert not (config.parent / "never_made").exists()
 
 
-def test_mix_names_the_corpus_that_has_no_weight(capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    code, text = run(capsys, "mix", config, "weights={a: 1}")
+def test_mix_names_the_corpus_that_has_no_weight(kymo: Kymo, config: Path) -> None:
+    code, text = kymo("mix", config, "weights={a: 1}")
     assert code == 2
     assert "weights: corpus 'b': has no weight" in text
 
 
-def test_simulate_tells_what_the_run_asks_for(capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    code, text = run(capsys, "simulate", config, "--windows-per-s", "100", "--disk-mb-s", "0.001")
+def test_simulate_tells_what_the_run_asks_for(kymo: Kymo, config: Path) -> None:
+    code, text = kymo("simulate", config, "--windows-per-s", "100", "--disk-mb-s", "0.001")
     assert code == 0
     assert "72 samples, 0.2 h" in text
     assert "the disk is slower than the training reads" in text
-    code, text = run(capsys, "simulate", config, "--cache-gb", "1", "--cache-gb", "0", "--steps", "8", "--json")
+    code, text = kymo("simulate", config, "--cache-gb", "1", "--cache-gb", "0", "--steps", "8", "--json")
     assert code == 0
     found = json.loads(text)
     assert [cache["cache_bytes"] for cache in found["caches"]] == [10**9, 0]

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from adapters.publish import publish
 from adapters.train import adapt
 from engine.config import ConvertConfig
 from engine.convert import convert_all
-from jobs import cli
 from manifests.recipes import load_recipe
 from trainer.export import save_encoder
 from trainer.models.build import build_encoder
 from trainer.models.univariate import UnivariateEncoderConfig
+
+Kymo = Callable[..., tuple[int, str]]
 
 REPO = "sleeplab/wake-or-deep"
 TRUTH = {"Sleep stage W": "wake", "Sleep stage 3": "deep", "Sleep stage 4": "deep"}
@@ -63,7 +65,7 @@ def stranger(shared_data: Path) -> Path:
     return shared_data / "ucddb_epochs" / "ucd018_C3A2_reassembled.edf"
 
 
-def kymo(folder: Path, hub_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def fresh_kymo(folder: Path, hub_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`kymo ARGUMENTS` in a process of its own, at home in `folder`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "XDG_"))}
     home = {"HOME": str(folder), "HF_ENDPOINT": hub_url, "HF_TOKEN": "hf_loopback", "OMP_NUM_THREADS": "1"}
@@ -97,7 +99,7 @@ def test_a_stranger_pulls_it_predicts_and_needs_no_network_the_second_time(
     hub.log.clear()
     command = ("predict", f"{REPO}@v1", str(stranger), "--corpus", "ucddb_epochs", "--no-picture", "--format", "csv")
     command += ("--task", "wake_deep")
-    first = kymo(tmp_path, hub.url, *command, "--out", "first")
+    first = fresh_kymo(tmp_path, hub.url, *command, "--out", "first")
     assert first.returncode == 0, first.stdout + first.stderr
     assert any(line.startswith("GET") and line.endswith("adapters/wake_deep/head.safetensors") for line in hub.log)
     (table,) = (tmp_path / "first").glob("*.csv")
@@ -105,7 +107,7 @@ def test_a_stranger_pulls_it_predicts_and_needs_no_network_the_second_time(
 
     hub.shutdown()
     hub.server_close()
-    second = kymo(tmp_path, hub.url, *command, "--out", "second")
+    second = fresh_kymo(tmp_path, hub.url, *command, "--out", "second")
     assert second.returncode == 0, second.stdout + second.stderr
     assert (tmp_path / "second" / table.name).read_bytes() == table.read_bytes()
     assert hub.TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr
@@ -113,24 +115,12 @@ def test_a_stranger_pulls_it_predicts_and_needs_no_network_the_second_time(
     assert holders == []
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Exit code and output of `kymo ARGUMENTS` in this process."""
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["kymo", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, capsys.readouterr().out
-
-
 def test_the_publish_verb_shows_what_it_sends(
-    hub: Any, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: Any, trained: Path, kymo: Kymo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
     command = ("publish", trained, REPO, "--tag", "v1", "--endpoint", hub.url)
-    code, text = run(capsys, *command, "--dry-run")
+    code, text = kymo(*command, "--dry-run")
     assert code == 0
     assert hub.log == []
     size = (trained / "adapters" / "wake_deep" / "head.safetensors").stat().st_size
@@ -139,11 +129,11 @@ def test_the_publish_verb_shows_what_it_sends(
     assert "licence other; private" in text
     assert f"dry run, nothing was sent → {REPO}, tag v1" in text
 
-    code, text = run(capsys, *command)
+    code, text = kymo(*command)
     assert code == 0
     assert f"{REPO}@v1, commit {hub.repositories[REPO].tags['v1']}" in text
-    code, text = run(capsys, *command)
+    code, text = kymo(*command)
     assert "it was there already, nothing was sent" in text
     assert hub.TOKEN not in text
-    code, text = run(capsys, "publish", trained, "nobody", "--tag", "v1")
+    code, text = kymo("publish", trained, "nobody", "--tag", "v1")
     assert (code, "give OWNER/NAME" in text) == (2, True)
