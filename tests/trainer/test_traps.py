@@ -1,6 +1,7 @@
 """Traps of DeepSpeed and of contrastive losses over ranks: ours is right, and what one would write first is not."""
 
 import ast
+import gc
 import os
 import subprocess
 import sys
@@ -199,8 +200,13 @@ def test_there_is_one_gather_and_one_backward() -> None:
     Nets that an evaluation trains for comparison are plain modules in one process, without DeepSpeed.
     """
     gathers, backwards = set(), set()
-    for path in (REPOSITORY / "trainer").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    gc.disable()  # as in tests/test_layout.py: a parse within a parse kills the outer one in Python 3.11
+    try:
+        trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "trainer").rglob("*.py")}
+    finally:
+        gc.enable()
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if node.func.attr.startswith(("all_gather", "_all_gather")) and not node.func.attr.endswith("_object"):
                     gathers.add(path.name)
