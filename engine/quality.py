@@ -1,6 +1,8 @@
 """One channel as int16: its scale, its statistics, and where it is flat, clipped, missing or saturated."""
 
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,29 +25,32 @@ _CLIP_RUN = 3  # equal samples in a row at the recording's extreme that count as
 class Runs:
     """Stretches of faulty samples among `size`: a running count of a day would take 177 MB a channel.
 
+    Plain arrays and not NumPy's: every window of every channel asks for four places, and a place costs `bisect` a
+    tenth of what it costs `searchsorted`.
+
     Attributes:
         starts: First sample of each stretch, ascending.
         before: Faulty samples before each stretch, and at the end all of them.
     """
 
-    starts: np.ndarray
-    before: np.ndarray
+    starts: "array[int]"
+    before: "array[int]"
     size: int
 
     @property
     def total(self) -> int:
         """All faulty samples."""
-        return int(self.before[-1])
+        return self.before[-1]
 
     def between(self, first: int, last: int) -> int:
         """Faulty samples from `first` to before `last`."""
         return self._until(last) - self._until(first)
 
     def _until(self, place: int) -> int:
-        run = int(np.searchsorted(self.starts, place, side="right")) - 1
+        run = bisect_right(self.starts, place) - 1
         if run < 0:
             return 0
-        return int(min(self.before[run] + place - self.starts[run], self.before[run + 1]))
+        return min(self.before[run] + place - self.starts[run], self.before[run + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,8 @@ def runs_of(flags: np.ndarray) -> Runs | None:
     edges = np.flatnonzero(flags[1:] != flags[:-1]) + 1
     starts, stops = np.concatenate(([0] * bool(flags[0]), edges, [flags.size] * bool(flags[-1]))).reshape(-1, 2).T
     before = np.concatenate(([0], np.cumsum(stops - starts)))
-    return Runs(starts=starts.astype(np.int64), before=before.astype(np.int64), size=flags.size)
+    starts, before = (array("q", part.astype(np.int64).tobytes()) for part in (starts, before))
+    return Runs(starts=starts, before=before, size=flags.size)
 
 
 def flat_samples(signal: np.ndarray, rate: Fraction, kind: str) -> Runs | None:
