@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -224,20 +223,7 @@ def save_files(folder: Path, files: Mapping[str, bytes]) -> None:
         write_atomically(folder / path, content)
 
 
-def free_folder(directory: Path) -> Path:
-    """Folder beside `directory` to write into, empty; ConfigError where something else than a bundle is in the way."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST_FILE).exists():
-        raise ConfigError(f"{directory}: is not empty and holds no bundle; choose another folder")
-    temporary = directory.with_name(f".{directory.name}-new")
-    for leftover in (temporary, directory.with_name(f".{directory.name}-old")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return temporary
-
-
-def put_in_place(temporary: Path, directory: Path) -> None:
-    """Rename a finished folder to its name; an earlier one in its place is replaced."""
-    old = directory.with_name(f".{directory.name}-old")
-    if directory.exists():
-        directory.rename(old)
-    temporary.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+def check_place(directory: Path, marker: str, *, noun: str) -> None:
+    """ConfigError where `directory` holds something else than what has the file `marker`: it would be replaced."""
+    if directory.exists() and any(directory.iterdir()) and not (directory / marker).exists():
+        raise ConfigError(f"{directory}: is not empty and holds no {noun}; choose another folder")

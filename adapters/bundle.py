@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.assembly import Draft, draft_of_run, free_folder, put_in_place, write_draft
+from adapters.assembly import Draft, check_place, draft_of_run, write_draft
 from adapters.conformance import check_conformance
 from adapters.hub import ANYBODY, Access, fetch_file
 from adapters.layout import (
     BASE_CARD,
+    MANIFEST_FILE,
     SHARED_FILE,
     Manifest,
     Reference,
@@ -23,6 +24,7 @@ from adapters.model import MultiTaskModel, load_strict
 from adapters.source import bundle_folder
 from adapters.train import AdaptResult
 from manifests.errors import ContractError
+from manifests.files import replaced_folder
 from manifests.recipes import Recipe
 from trainer.export import load_encoder, read_card
 from trainer.models.build import Encoder
@@ -129,8 +131,8 @@ def write_bundle(
 def save_draft(draft: Draft, directory: Path | str, *, access: Access = ANYBODY) -> Bundle:
     """Bundle written from a draft and read back, as `write_bundle` does."""
     directory = Path(directory)
-    temporary = free_folder(directory)
-    write_draft(draft, temporary)
-    load_bundle(temporary, access=access)  # fail now, not at a stranger's
-    put_in_place(temporary, directory)
+    check_place(directory, MANIFEST_FILE, noun="bundle")
+    with replaced_folder(directory) as temporary:
+        write_draft(draft, temporary)
+        load_bundle(temporary, access=access)  # fail now, not at a stranger's
     return load_bundle(directory, access=access)

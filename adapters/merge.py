@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load, load_file, save
 from torch import nn
 
-from adapters.assembly import Draft, draft_of_bundle, put_in_place, save_files, task_parts
+from adapters.assembly import Draft, check_place, draft_of_bundle, save_files, task_parts
 from adapters.bundle import Bundle, load_base, load_bundle, save_draft
 from adapters.config import AdaptConfig
 from adapters.conformance import TOLERANCE, read_conformance
@@ -29,6 +29,7 @@ from adapters.licences import Source, check_merge
 from adapters.model import SHARED, build_head, load_strict
 from adapters.train import AdaptResult
 from manifests.errors import ConfigError, ContractError
+from manifests.files import replaced_folder
 from manifests.tasks import load_task
 from trainer.export import load_encoder, read_card, save_encoder
 from trainer.models.build import Encoder
@@ -160,30 +161,27 @@ def merge_task(bundle_dir: Path | str, task: str, directory: Path | str, *, acce
     manifest = verify_bundle(bundle_dir, [task])
     card = read_card(bundle_dir / BASE_FOLDER)
     check_merge(Source(role="base", name=f"{card.kind} {card.sha256[:12]}", licence=card.licence))
-    if directory.exists() and any(directory.iterdir()) and not (directory / RECORD_FILE).exists():
-        raise ConfigError(f"{directory}: is not empty and holds no merged model; choose another folder")
+    check_place(directory, RECORD_FILE, noun="merged model")
     bundle = load_bundle(bundle_dir, [task], access=access)
     head, record = bundle.model.heads[task], bundle.records[task]
-    temporary = directory.with_name(f".{directory.name}-new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_encoder(
-        temporary,
-        load_base(bundle_dir, manifest, access=access),
-        state=_split_attention(_merged_state(bundle.model.encoder, task)),
-        recipes={record.recipe.id: record.recipe.model_dump(mode="json")},
-        step=card.step,
-        licence=manifest.card.licence,
-        pretrained_on=card.pretrained_on,
-    )
-    save_files(
-        temporary,
-        {
-            HEAD_FILE: save(dict(head.state_dict())),
-            RECORD_FILE: (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode(),
-        },
-    )
-    _check_logits(load_merged(temporary), bundle_dir / task_files(task)["conformance"])
-    put_in_place(temporary, directory)
+    with replaced_folder(directory) as temporary:
+        save_encoder(
+            temporary,
+            load_base(bundle_dir, manifest, access=access),
+            state=_split_attention(_merged_state(bundle.model.encoder, task)),
+            recipes={record.recipe.id: record.recipe.model_dump(mode="json")},
+            step=card.step,
+            licence=manifest.card.licence,
+            pretrained_on=card.pretrained_on,
+        )
+        save_files(
+            temporary,
+            {
+                HEAD_FILE: save(dict(head.state_dict())),
+                RECORD_FILE: (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode(),
+            },
+        )
+        _check_logits(load_merged(temporary), bundle_dir / task_files(task)["conformance"])
     return load_merged(directory)
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, metadata_load
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from adapters.hub import ANYBODY, CLIENT_ERRORS, REPO, TAG, Access, explain, explained, is_unreachable
-from adapters.layout import CARD_FILE, MANIFEST_FILE, verify_bundle
+from adapters.layout import MANIFEST_FILE, verify_bundle
 from adapters.provenance import check_rights
 from adapters.store import put_version
 from manifests.errors import ConfigError
@@ -107,7 +107,7 @@ def _plan(bundle_dir: Path, target: str, *, tag: str | None, private: bool, conf
         target=target,
         tag=tag or f"bundle-{hashlib.sha256(content).hexdigest()[:12]}",
         files={MANIFEST_FILE: len(content)} | {name: entry.size for name, entry in manifest.files.items()},
-        licence=str((metadata_load(bundle_dir / CARD_FILE) or {}).get("license", "not stated")),
+        licence=manifest.card.licence.lower(),
         rights=tuple(check_rights(bundle_dir, manifest, is_public=not private, is_confirmed=confirm_rights)),
         is_private=private,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.config import read_yaml
-from trainer.lock import is_held
+from manifests.files import is_held
 from trainer.metrics import read_metrics
 from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, LAUNCH_LOCK_FILE, LOCK_FILE
 

@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -139,11 +139,3 @@ def _probability_columns(labels: Sequence[str]) -> list[str]:
 
 def _seconds(value: Fraction) -> str:
     return f"{float(value):.10g}"
-
-
-def tracks_of(records: Mapping[str, TaskRecord], predictions: Iterable[Prediction]) -> dict[str, Track]:
-    """Track of every task that said something."""
-    tracks: dict[str, Track] = {}
-    for prediction in predictions:
-        tracks.setdefault(prediction.task, Track(records[prediction.task])).add(prediction)
-    return tracks

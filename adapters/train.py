@@ -49,7 +49,7 @@ from trainer.collectives import explained_timeouts, rank, sum_over_ranks
 from trainer.export import load_encoder, read_card
 from trainer.lock import hold
 from trainer.paths import LOCK_FILE
-from trainer.process_group import from_rank_0, is_launched, join_group
+from trainer.process_group import is_launched, join_group, run_on_rank_zero
 from trainer.samples import SnapshotSource
 from trainer.stopper import Stopper
 
@@ -161,11 +161,11 @@ def train_tasks(
     run_dir = Path(config.run_dir)
     fingerprint = _fingerprint(config, data)
     with explained_timeouts(config.collective_timeout_s), _closing_cache(data):
-        found = from_rank_0(lambda: _read_result(run_dir, fingerprint))
+        found = run_on_rank_zero(lambda: _read_result(run_dir, fingerprint))
         if found is None:
             with _held(run_dir):
                 # It may have been finished by whoever held the folder until now.
-                found = from_rank_0(lambda: _read_result(run_dir, fingerprint))
+                found = run_on_rank_zero(lambda: _read_result(run_dir, fingerprint))
                 if found is None:
                     kept_step = _train(config, model, data, fingerprint=fingerprint, report=report, update=update)
                     return _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
@@ -227,7 +227,7 @@ def _held(run_dir: Path) -> Iterator[None]:
         def take() -> None:
             stack.enter_context(hold(run_dir / LOCK_FILE, patience_s=patience_s))
 
-        from_rank_0(take)
+        run_on_rank_zero(take)
         yield
 
 
@@ -253,8 +253,8 @@ def _train(
     """Train to the last step, put the kept weights in place and return their step."""
     run_dir = Path(config.run_dir)
     # Before the header is written: the folder may be another run's.
-    saved = from_rank_0(lambda: find_checkpoint(run_dir, fingerprint=fingerprint))
-    from_rank_0(lambda: start_run(run_dir, config))
+    saved = run_on_rank_zero(lambda: find_checkpoint(run_dir, fingerprint=fingerprint))
+    run_on_rank_zero(lambda: start_run(run_dir, config))
     parts = share_out(config, data)
     updater = update(config, model, num_tasks=len(data))
     progress, best = _resume(saved, model, updater)
@@ -351,7 +351,7 @@ def _save(
         checkpoint = Checkpoint(progress=progress, weights=copy_trainable(model), best=best, moments=moments)
         save_checkpoint(run_dir, checkpoint, fingerprint=fingerprint)
 
-    from_rank_0(write)
+    run_on_rank_zero(write)
 
 
 def _note_skipped(progress: Progress, norm: float) -> None:
@@ -431,7 +431,7 @@ def _finish(
         write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         return result
 
-    return from_rank_0(write)
+    return run_on_rank_zero(write)
 
 
 def _values(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -173,11 +173,6 @@ def loss_weight(task: Task, target: torch.Tensor) -> float:
     return float(target.numel())
 
 
-def task_loss(task: Task, logits_BK: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Scalar mean loss of a batch."""
-    return summed_loss(task, logits_BK, target) / loss_weight(task, target.cpu())
-
-
 def _class_weights(task: Task) -> torch.Tensor:
     weights = task.class_weights or {}
     return torch.tensor([weights[label] for label in task.labels])

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from engine.storage import is_remote
-from manifests.config import read_at_once
+from manifests.files import read_at_once
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """How far a conversion is, read from its folder while it runs or after it ended: progress, stalls, speed, ETA."""
 
-import fcntl
 import socket
 import time
 from collections import Counter, deque
@@ -16,8 +15,8 @@ from engine.lock import LOCK_FILE, Holder
 from engine.plan import PLAN_FILE, PlanItem, Unit, read_plan
 from engine.quarantine import CONFIG_FILE, read_waivers, retried_path, settings_of
 from engine.storage import is_remote, sizes_in
-from manifests.config import read_at_once
 from manifests.errors import ConfigError
+from manifests.files import is_held, read_at_once
 from manifests.shards import SNAPSHOT_FILE, load_snapshot
 
 STATES = ("done", "running", "stalled", "failed", "pending")
@@ -116,14 +115,7 @@ def _is_held(output: Path) -> bool:
             return not Holder.model_validate_json(read_at_once(path)).is_gone()
         except (FileNotFoundError, ValueError):
             return False
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    return is_held(path)
 
 
 def _is_gone(beat: Heartbeat) -> bool:
@@ -184,8 +176,8 @@ class Reader:
         Raises:
             ConfigError: There is no plan in the folder, and nobody is about to write one.
         """
-        is_held = _is_held(self._output)
-        if not is_held and not (self._output / PLAN_FILE).exists():
+        is_locked = _is_held(self._output)
+        if not is_locked and not (self._output / PLAN_FILE).exists():
             raise ConfigError(f"{self._output}: no {PLAN_FILE}; give the output folder of a kymo convert")
         units = read_plan(self._output)
         beats = {name for name in sizes_in(self._output / PROGRESS_DIR) if name.endswith(BEAT_SUFFIX)}
@@ -193,7 +185,7 @@ class Reader:
         rows = [self._row(unit, beats, sizes) for unit in units]
         quarantine = [item for unit in units for item in self._committed.get(unit.id, (None, []))[1]]
         waivers = read_waivers(self._output)
-        is_running = is_held or any(row.state == "running" for row in rows)
+        is_running = is_locked or any(row.state == "running" for row in rows)
         speed = self._speed(rows) if is_running else None
         left = sum(row.hours - row.hours_done for row in rows)
         return Status(

@@ -12,6 +12,7 @@ from jobs import status_screen
 from jobs.console import bytes_progress, console, hours_progress, show_table
 from manifests.config import load_config
 from manifests.errors import ConfigError
+from manifests.files import is_held
 
 if TYPE_CHECKING:
     from engine.config import ConvertConfig
@@ -181,7 +182,6 @@ def status(
     from engine.storage import is_remote, location
     from jobs import learn_screen
     from trainer import status as run_status
-    from trainer.lock import is_held
     from trainer.paths import LAUNCH_LOCK_FILE
 
     place = location(folder)

@@ -28,20 +28,6 @@ from trainer.read import Window
 NOTCH_EDGE_HZ = 1.1  # beyond a line that a channel must hold for the notch to fit, as in `engine.dsp`
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
-    """Predictions of a file, tasks that it does not suit with the reason, windows and channels left out by reason.
-
-    `left_out` counts, by task, windows whose channels are flat, clipped or missing for too long.
-    """
-
-    predictions: list[Prediction]
-    refused: dict[str, str]
-    left_out: Counter[str]
-    dropped: Counter[str]
-    unresolved: dict[str, str]
-
-
 @dataclass(slots=True, kw_only=True)
 class FileRun:
     """A recording on its way through a bundle; `predictions` reads it window by window.
@@ -97,7 +83,7 @@ class FileRun:
                         "clipped or missing for too much of the time; look at the electrodes and at the file"
                     )
         if not spoken:
-            raise self._refusal(reasons)
+            raise self.refusal(reasons)
 
     def fit(self) -> dict[str, Suitability]:
         """`suits`, without the channels that turned out to be of no use when they were read."""
@@ -126,7 +112,8 @@ class FileRun:
                 found.append((recipe.model_copy(update={"kinds": kinds}), tasks))
         return found
 
-    def _refusal(self, reasons: set[str]) -> RecordingError:
+    def refusal(self, reasons: set[str]) -> RecordingError:
+        """Why no task says anything: `reasons` are the codes, the message has task by task and channel by channel."""
         lines = [f"  {name}: {reason}" for name, reason in self.refused.items()]
         lines += [f"  channel {label!r}: {reason}" for label, reason in self.losses.unresolved]
         lines += [f"  {count} windows left out: {reason}" for reason, count in (+self.losses.dropped).items()]
@@ -251,7 +238,7 @@ def open_file(
     )
     if not run.suits:
         run.losses.unresolved.update((item.label, item.reason) for item in missed)
-        raise run._refusal({"NO_CHANNELS"})  # noqa: SLF001 (of this module)
+        raise run.refusal({"NO_CHANNELS"})
     if mains is not None:
         run.corpus, run.mains = _with_mains(run, mains)
     return run
@@ -292,22 +279,6 @@ def _with_mains(run: FileRun, choice: str) -> tuple[Corpus, str]:
 
 def _at(corpus: Corpus, mains_hz: int | None) -> Corpus:
     return corpus.model_copy(update={"mains_hz": mains_hz})
-
-
-def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[str] | None = None) -> Predicted:
-    """All predictions of the tasks of a bundle that the recording suits, at once.
-
-    Raises:
-        RecordingError: It suits none of them, or cannot be read.
-    """
-    run = open_file(bundle, path, corpus, tasks=tasks)
-    return Predicted(
-        predictions=list(run.predictions()),
-        refused=run.refused,
-        left_out=+run.left_out,
-        dropped=+run.losses.dropped,
-        unresolved=dict(run.losses.unresolved.keys()),
-    )
 
 
 def check_options(recording: Recording, corpus: Corpus) -> None:

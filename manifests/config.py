@@ -282,13 +282,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def read_at_once(path: Path) -> bytes:
-    """Content of a file that others replace; of a store in one request, since what changes between two is refused."""
-    if isinstance(path, Path):
-        return path.read_bytes()
-    return path.fs.cat_file(path.path)  # a `upath.UPath`
-
-
 def start_run(run_dir: Path | str, config: BaseModel) -> None:
     """Write the resolved `config.yaml` and `version.json` into a run folder, before anything else.
 

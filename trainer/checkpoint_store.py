@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import distributed
 
 from manifests.errors import ConfigError, ContractError
-from trainer.collectives import rank, world_size
+from trainer.collectives import from_rank_zero, rank, world_size
 from trainer.lock import Fence, claim
 from trainer.mirror import DAMAGED_FILE, MANIFEST_FILE
 from trainer.storage import (
@@ -118,15 +118,6 @@ def committed_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Newest committed checkpoint, without looking into it."""
     return next(iter(committed_checkpoints(folder)), None)
-
-
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on all ranks."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Rows of all ranks as one tensor, with gradient. The identity without a process group."""
+"""What ranks tell each other: rows as one tensor, with gradient; sums; rank 0's word. The identity without a group."""
 
 from __future__ import annotations
 
@@ -104,3 +104,12 @@ def explained_timeouts(timeout_s: float) -> Iterator[None]:
             f"rank {rank()} of {world_size()}: another rank did not answer for {timeout_s:g} s (collective_timeout_s): "
             "it hangs or is far behind; look at its log, then run the same command again"
         ) from error
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on all ranks."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

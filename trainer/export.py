@@ -6,7 +6,6 @@ writes, of the encoder or of the whole model (trainer/export_run.py).
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from manifests.channels import UCS_VERSION, site_ids, table_digest
 from manifests.config import write_atomically
 from manifests.errors import ConfigError, ContractError
+from manifests.files import replaced_folder
 from trainer.models.build import Encoder, EncoderConfig, build_encoder
 from trainer.objectives.build import ObjectiveConfig, build_objective
 from trainer.pretrained_on import PretrainedOn
@@ -82,29 +82,22 @@ def save_encoder(
         licence: Of the weights.
         pretrained_on: Of `read_pretrained_on`.
     """
-    temporary, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in (state or encoder.state_dict()).items()}
-    save_tensors(weights, temporary / WEIGHTS_FILE)
-    card = EncoderCard(
-        kind=encoder.config.kind,
-        config=encoder.config.model_dump(mode="json"),
-        ucs_version=UCS_VERSION,
-        ucs_digest=table_digest(),
-        site_tables=site_tables_of(encoder),
-        recipes={name: dict(recipe) for name, recipe in recipes.items()},
-        step=step,
-        sha256=hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest(),
-        licence=licence,
-        pretrained_on=pretrained_on,
-    )
-    (temporary / CARD_FILE).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_folder(folder) as temporary:
+        save_tensors(weights, temporary / WEIGHTS_FILE)
+        card = EncoderCard(
+            kind=encoder.config.kind,
+            config=encoder.config.model_dump(mode="json"),
+            ucs_version=UCS_VERSION,
+            ucs_digest=table_digest(),
+            site_tables=site_tables_of(encoder),
+            recipes={name: dict(recipe) for name, recipe in recipes.items()},
+            step=step,
+            sha256=hashlib.sha256((temporary / WEIGHTS_FILE).read_bytes()).hexdigest(),
+            licence=licence,
+            pretrained_on=pretrained_on,
+        )
+        (temporary / CARD_FILE).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return card
 
 

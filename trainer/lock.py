@@ -42,18 +42,6 @@ def hold(path: Path, *, patience_s: float = 0.0) -> TextIO:
             return file
 
 
-def is_held(path: Path) -> bool:
-    """Whether another process on this machine holds a lock file."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
     """The claim of one start of a run: a file of its own that is never removed, so a number is never given twice.

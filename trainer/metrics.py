@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from manifests.config import read_at_once
+from manifests.files import read_at_once
 from trainer.paths import METRICS_FILE
 
 SLOW_DATA = 0.05  # share of the time that a person should hear of

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from manifests.config import read_at_once, write_atomically
+from manifests.config import write_atomically
+from manifests.files import read_at_once
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from manifests.errors import ConfigError, ContractError
-from trainer.collectives import rank, world_size
+from trainer.collectives import from_rank_zero, rank, world_size
 
 ResultT = TypeVar("ResultT")
 
@@ -55,24 +55,23 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def from_rank_0(action: Callable[[], ResultT]) -> ResultT:
+def run_on_rank_zero(action: Callable[[], ResultT]) -> ResultT:
     """What `action` returns on rank 0, on every rank. It runs there alone, and its error is everybody's.
 
     A collective; what is returned travels pickled between the run's own processes.
     """
     if world_size() == 1:
         return action()
-    box: list[tuple[ResultT | None, tuple[str, str] | None]] = [(None, None)]
+    found: tuple[ResultT | None, tuple[str, str] | None] = (None, None)
     failure: Exception | None = None
     if rank() == 0:
         try:
-            box = [(action(), None)]
+            found = action(), None
         except Exception as error:  # noqa: BLE001 (raised below, when the others know)
-            failure, box = error, [(None, (type(error).__name__, str(error)))]
-    distributed.broadcast_object_list(box, src=0)
+            failure, found = error, (None, (type(error).__name__, str(error)))
+    result, told = from_rank_zero(found)
     if failure is not None:
         raise failure
-    result, told = box[0]
     if told is not None:
         kind = {"ConfigError": ConfigError, "ContractError": ContractError}.get(told[0], RuntimeError)
         raise kind(told[1])

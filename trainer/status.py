@@ -13,7 +13,7 @@ import psutil
 
 from manifests.config import read_yaml
 from manifests.errors import ConfigError
-from trainer.lock import is_held
+from manifests.files import is_held
 from trainer.metrics import read_metrics
 from trainer.mirror import newest_stored
 from trainer.paths import CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped

@@ -23,7 +23,7 @@ from adapters.finetune import FinetuneModel, finetune
 from adapters.rows import CLOCK
 from adapters.stream import labelled_batches
 from adapters.train import load_data, share_out, train_tasks
-from adapters.update import build_optimizer, task_loss
+from adapters.update import build_optimizer, loss_weight, summed_loss
 from engine.config import ConvertConfig
 from engine.convert import convert_all
 from manifests.errors import ConfigError
@@ -94,7 +94,8 @@ def test_gradient_reaches_encoder_and_head(make_finetune, univariate_dir, graph)
     (share,) = share_out(config, {item.task.id: item}).values()
     with closing(labelled_batches(item, share, seed=0, start=0)) as batches:
         first = next(batches)
-    task_loss(first.task, model("t", first.batch), first.target).backward()
+    loss = summed_loss(first.task, model("t", first.batch), first.target)
+    (loss / loss_weight(first.task, first.target)).backward()
     optimizer = build_optimizer(config, model)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == [5e-6, 1e-4]

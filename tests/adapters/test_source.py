@@ -185,21 +185,22 @@ def test_a_single_file_comes_by_commit_and_then_from_the_cache(hub, published, a
 # What breaks on the way
 
 
-@pytest.mark.parametrize("fault", [500, "drop", "cut"])
+ENDPOINTS = (
+    *(f"GET /api/models/{REPO}/revision", f"GET /api/models/{REPO}/refs"),
+    *("HEAD .*/bundle.json", "GET .*/bundle.json", "HEAD .*/head.safetensors", "GET .*/head.safetensors"),
+)
+
+
 @pytest.mark.parametrize(
-    "endpoint",
+    ("endpoint", "fault"),
     [
-        f"GET /api/models/{REPO}/revision",
-        f"GET /api/models/{REPO}/refs",
-        "HEAD .*/bundle.json",
-        "GET .*/bundle.json",
-        "HEAD .*/head.safetensors",
-        "GET .*/head.safetensors",
+        (endpoint, fault)
+        for endpoint in ENDPOINTS
+        for fault in (500, "drop", "cut")
+        if fault != "cut" or not endpoint.startswith("HEAD")  # an answer without a body has nothing to cut
     ],
 )
 def test_a_fault_is_told_and_the_same_command_goes_on(hub, published, pull, endpoint, fault):
-    if fault == "cut" and endpoint.startswith("HEAD"):
-        pytest.skip("there is nothing to cut")
     hub.fail(endpoint, fault, times=ALWAYS)
     said = "the hub answers 500" if fault == 500 else "no answer from the hub"
     with pytest.raises(ConfigError, match=rf"^{REPO}@v1.*: {said}.*the same command goes on where it stopped"):

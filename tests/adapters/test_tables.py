@@ -7,7 +7,7 @@ import pytest
 
 from adapters.bundle import load_bundle
 from adapters.predict import Prediction
-from adapters.tables import Track, csv_columns, csv_row, events_columns, events_row, events_sidecar, tracks_of
+from adapters.tables import Track, csv_columns, csv_row, events_columns, events_row, events_sidecar
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_annotations_use_the_words_of_the_standard(records):
         prediction(records["sleep_staging"], [0.1, 0.1, 0.5, 0.2, 0.1]),
         prediction(records["rhythm"], [0.25, 0.05, 0.1, 0.6], start=256),
     ]
-    tracks = tracks_of(records, found)
+    tracks = {name: Track(record) for name, record in records.items()}
+    for item in found:
+        tracks[item.task].add(item)
     assert tracks["sleep_staging"].annotations() == [(Fraction(0), Fraction(8), "Sleep stage N2")]
     assert tracks["rhythm"].annotations() == [(Fraction(8), Fraction(8), "rhythm: af")]
 

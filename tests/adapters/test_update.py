@@ -15,7 +15,7 @@ from adapters.model import MultiTaskModel
 from adapters.sampling import Share
 from adapters.stream import labelled_batches
 from adapters.train import adapt, load_data, share_out, train_step
-from adapters.update import LabelledBatch, Update, loss_weight, rate_factor, summed_loss, task_loss
+from adapters.update import LabelledBatch, Update, loss_weight, rate_factor, summed_loss
 from manifests.errors import ConfigError
 from manifests.tasks import load_task
 from trainer.export import load_encoder
@@ -58,7 +58,8 @@ def test_a_step_adds_up_the_gradients_of_its_tasks(first_step, monkeypatch):
     alone = {}
     for name, item in batches.items():
         update.begin(0)
-        update.backward(task_loss(item.task, update.forward(name, item.batch), item.target))
+        loss = summed_loss(item.task, update.forward(name, item.batch), item.target)
+        update.backward(loss / loss_weight(item.task, item.target))
         alone[name] = gradients(update)
     monkeypatch.setattr(update, "finish", lambda: 1.0)
     streams = {name: repeat(item) for name, item in batches.items()}
@@ -119,7 +120,7 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(weights):
     logits, target = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
     weight = None if weights is None else torch.tensor(list(weights.values()))
     whole = functional.cross_entropy(logits, target, weight=weight)
-    assert float(task_loss(task, logits, target)) == pytest.approx(float(whole), rel=1e-6)
+    assert float(summed_loss(task, logits, target) / loss_weight(task, target)) == pytest.approx(float(whole), rel=1e-6)
     cut = (slice(0, 2), slice(2, 9))
     total = sum(loss_weight(task, target[part]) for part in cut)
     summed = sum(float(summed_loss(task, logits[part], target[part])) for part in cut)
@@ -131,7 +132,9 @@ def test_the_loss_of_yes_and_no_is_the_mean_over_all_answers():
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     target = (logits > 0.3).float()
     expected = functional.binary_cross_entropy_with_logits(logits, target)
-    assert float(task_loss(task, logits, target)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(summed_loss(task, logits, target) / loss_weight(task, target)) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_the_weight_of_a_task_scales_its_gradient(first_step, monkeypatch):

@@ -1,7 +1,9 @@
 """A stranger's file through a bundle, and what it says when the file does not suit."""
 
 import gzip
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import edfio
@@ -9,9 +11,42 @@ import numpy as np
 import pytest
 
 import jobs.predict
-from jobs.predict import open_file, predict_file, recording_name, stranger
+from adapters.bundle import Bundle
+from adapters.predict import Prediction
+from jobs.predict import open_file, recording_name, stranger
 from manifests.config import dump_yaml
+from manifests.corpora import Corpus
 from manifests.errors import ConfigError, RecordingError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """Predictions of a file, tasks that it does not suit with the reason, windows and channels left out by reason.
+
+    `left_out` counts, by task, windows whose channels are flat, clipped or missing for too long.
+    """
+
+    predictions: list[Prediction]
+    refused: dict[str, str]
+    left_out: Counter[str]
+    dropped: Counter[str]
+    unresolved: dict[str, str]
+
+
+def predict_file(bundle: Bundle, path: Path, corpus: Corpus, *, tasks: Sequence[str] | None = None) -> Predicted:
+    """All predictions of the tasks of a bundle that the recording suits, at once.
+
+    Raises:
+        RecordingError: It suits none of them, or cannot be read.
+    """
+    run = open_file(bundle, path, corpus, tasks=tasks)
+    return Predicted(
+        predictions=list(run.predictions()),
+        refused=run.refused,
+        left_out=+run.left_out,
+        dropped=+run.losses.dropped,
+        unresolved=dict(run.losses.unresolved.keys()),
+    )
 
 
 def test_a_night_is_predicted_by_the_tasks_that_it_suits(bundle, night):

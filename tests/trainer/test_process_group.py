@@ -7,7 +7,7 @@ from torch import distributed
 
 from manifests.errors import ConfigError, ContractError
 from trainer.collectives import rank, world_size
-from trainer.process_group import from_rank_0, is_launched, join_group
+from trainer.process_group import is_launched, join_group, run_on_rank_zero
 
 
 def answers_of_rank_0(number: int, port: int, group: dict[str, str]) -> None:
@@ -16,7 +16,7 @@ def answers_of_rank_0(number: int, port: int, group: dict[str, str]) -> None:
     assert is_launched()
     assert join_group("gloo", timeout_s=60) == "gloo"
     assert (rank(), world_size()) == (number, 2)
-    tensor = from_rank_0(lambda: {"x": torch.full((2,), float(rank()) + 7)})["x"]
+    tensor = run_on_rank_zero(lambda: {"x": torch.full((2,), float(rank()) + 7)})["x"]
     assert tensor.tolist() == [7.0, 7.0]
     calls = []
 
@@ -26,9 +26,9 @@ def answers_of_rank_0(number: int, port: int, group: dict[str, str]) -> None:
 
     for kind, seen in ((ConfigError, ConfigError), (ContractError, ContractError)):
         with pytest.raises(seen, match=r"^where: value, rule, remedy$"):
-            from_rank_0(lambda kind=kind: refuse(kind))
+            run_on_rank_zero(lambda kind=kind: refuse(kind))
     with pytest.raises(OSError if number == 0 else RuntimeError, match="remedy"):
-        from_rank_0(lambda: refuse(OSError))
+        run_on_rank_zero(lambda: refuse(OSError))
     assert len(calls) == (3 if number == 0 else 0)
     distributed.barrier()
 
@@ -38,6 +38,6 @@ def test_what_rank_0_finds_is_what_all_ranks_get(run_ranks: Callable[..., None])
 
 
 def test_one_process_asks_itself() -> None:
-    assert from_rank_0(lambda: 3) == 3
+    assert run_on_rank_zero(lambda: 3) == 3
     with pytest.raises(ConfigError, match="no"):
-        from_rank_0(lambda: (_ for _ in ()).throw(ConfigError("no")))
+        run_on_rank_zero(lambda: (_ for _ in ()).throw(ConfigError("no")))
