@@ -247,12 +247,17 @@ def find_checkpoint(folder: Path) -> Path | None:
         if not found:
             return path
         if rank() == 0:
-            logger.warning("%s; going back to the checkpoint before it", found[0])
-            if is_remote(path):
-                (path / DAMAGED_FILE).write_bytes(found[0].encode())
-            else:
-                path.rename(path.with_name(f"damaged-{path.name}"))
+            set_aside(path, found[0])
     return None
+
+
+def set_aside(path: Path, damage: str) -> None:
+    """Take a damaged checkpoint out of those that count; of one rank alone."""
+    logger.warning("%s; going back to the checkpoint before it", damage)
+    if is_remote(path):
+        (path / DAMAGED_FILE).write_bytes(damage.encode())
+    else:
+        path.rename(path.with_name(f"damaged-{path.name}"))
 
 
 def collect_garbage(
