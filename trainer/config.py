@@ -12,6 +12,7 @@ from trainer.mixture import CorpusWeights, CurriculumStep
 from trainer.models.build import EncoderConfig
 from trainer.objectives.build import ObjectiveConfig
 from trainer.samples import Shape, SnapshotSource
+from trainer.storage import is_remote, location
 
 # May change between two starts of one run: they shape how it is run, not what is computed.
 FREE_KEYS = frozenset(
@@ -55,6 +56,18 @@ def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
 
 
 NumWorkers = Annotated[_Count | tuple[_Count, _Count], AfterValidator(_in_order)]
+
+
+def _on_disk(folder: str) -> str:
+    if is_remote(location(folder)):
+        raise ValueError(
+            f"{folder} is in an object store, and locks, metrics and caches need a disk; give a folder of this machine "
+            f"and storage={folder}, where checkpoints lie and another machine goes on from"
+        )
+    return folder
+
+
+FolderOnDisk = Annotated[str, AfterValidator(_on_disk)]
 
 
 class _Section(BaseModel):
@@ -102,7 +115,7 @@ class RayConfig(_Section):
 class PretrainConfig(_Section):
     """One pretraining run. The folder `run_dir` holds all it writes; the same command resumes it."""
 
-    run_dir: str
+    run_dir: FolderOnDisk
     snapshots: Annotated[list[SnapshotSource], Field(min_length=1)]
     split: str = "train"
     filter: SampleFilter = SampleFilter()
