@@ -168,7 +168,7 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
 
 def status(
-    folder: str = typer.Argument(help="Output of kymo convert, run_dir or storage of kymo pretrain, run_dir of adapt."),
+    folder: str = typer.Argument(help="Output of kymo convert, run_dir or storage of kymo pretrain, adapt or finetune."),
     watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until it ends; Ctrl-C leaves it be."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
     as_json: bool = typer.Option(False, "--json", help="The whole state once, as JSON."),
@@ -185,7 +185,7 @@ def status(
     from trainer.paths import LAUNCH_LOCK_FILE
 
     place = location(folder)
-    if not is_remote(place) and learn_status.is_learn_run(place):
+    if learn_status.is_learn_run(place):
         is_once = as_json or not watch
         states = [learn_status.learn_status(place)] if is_once else learn_status.watch(place)
         learn_screen.show(states, as_json=as_json)
