@@ -16,7 +16,7 @@ from engine.commit import Commit, Quarantined, parquet_bytes, read_commits, samp
 from engine.config import ENGINE_VERSION, PUBLIC_SALT, ConvertConfig
 from engine.history import keep
 from engine.plan import Unit
-from engine.quarantine import KNOWN_BAD, WaiverKey, read_waivers
+from engine.quarantine import WaiverKey, read_waivers, state_of
 from engine.scan import load_sources
 from manifests.channels import UCS_VERSION, table_digest
 from manifests.config import code_version, digest, write_atomically
@@ -36,12 +36,21 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertResult:
-    """A finished conversion. `snapshot` is None when the quarantine budget is exceeded: nothing is published."""
+    """A finished conversion.
+
+    Attributes:
+        exit_code: What the command ends with.
+        snapshot: None when the quarantine budget is exceeded: nothing is published.
+        quarantine: Every recording that was rejected, those that the operator has waived among them.
+        counts: Totals of the snapshot.
+        waived: Which of them are waived.
+    """
 
     exit_code: ExitCode
     snapshot: Snapshot | None
     quarantine: tuple[Quarantined, ...]
     counts: dict[str, int]
+    waived: Container[WaiverKey] = ()
 
 
 def _check_complete(units: Sequence[Unit], commits: Sequence[Commit]) -> None:
@@ -111,11 +120,9 @@ def exit_code(
     """Exit code of a conversion.
 
     Recordings that their corpus lists as known bad do not count against the budget, nor do those that the operator
-    has waived.
+    has waived. They are missing all the same, so that the conversion is not `COMPLETE`.
     """
-    surprises = sum(
-        item.reason != KNOWN_BAD and (item.corpus, item.path, item.reason) not in waived for item in quarantine
-    )
+    surprises = sum(state_of(item, waived) == "counted" for item in quarantine)
     if surprises > budget * num_recordings:
         return ExitCode.OVER_BUDGET
     return ExitCode.WITH_QUARANTINE if quarantine else ExitCode.COMPLETE
@@ -136,10 +143,11 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
     quarantine = tuple(item for commit in commits for item in commit.quarantine)
     table = _merged(output, commits)
     counts = _counts(commits, table)
-    code = exit_code(quarantine, counts["recordings"], config.quarantine_budget, read_waivers(output))
+    waived = frozenset(read_waivers(output))
+    code = exit_code(quarantine, counts["recordings"], config.quarantine_budget, waived)
     if code is ExitCode.OVER_BUDGET:
         (output / SNAPSHOT_FILE).unlink(missing_ok=True)
-        return ConvertResult(exit_code=code, snapshot=None, quarantine=quarantine, counts=counts)
+        return ConvertResult(exit_code=code, snapshot=None, quarantine=quarantine, counts=counts, waived=waived)
     recipe = load_recipe(config.recipe).model_dump(mode="json")
     content = parquet_bytes(table)
     snapshot = Snapshot(
@@ -164,7 +172,7 @@ def finalise(config: ConvertConfig, units: Sequence[Unit]) -> ConvertResult:
     snapshot = snapshot.model_copy(update={"digest": snapshot.content_digest()})
     keep(output, snapshot)
     _write(output, snapshot, content)
-    return ConvertResult(exit_code=code, snapshot=snapshot, quarantine=quarantine, counts=counts)
+    return ConvertResult(exit_code=code, snapshot=snapshot, quarantine=quarantine, counts=counts, waived=waived)
 
 
 def _write(output: Path, snapshot: Snapshot, content: bytes) -> None:

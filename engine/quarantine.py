@@ -6,14 +6,14 @@ line of `waivers.jsonl`, and its recording no longer counts against the quaranti
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from engine.commit import COMMITS_DIR, Commit, commit_path, read_commit, sizes_of
+from engine.commit import COMMITS_DIR, Commit, Quarantined, commit_path, read_commit, sizes_of
 from engine.config import ConvertConfig
 from engine.files import companions, identity_of
 from engine.lock import locked
@@ -105,6 +105,13 @@ def read_waivers(output: Path) -> dict[WaiverKey, Waiver]:
     return {(item.corpus, item.path, item.reason): item for item in waivers}
 
 
+def state_of(item: Quarantined, waived: Container[WaiverKey]) -> str:
+    """What a recording in quarantine means for the budget: `counted`, `known bad` or `waived`."""
+    if item.reason == KNOWN_BAD:
+        return "known bad"
+    return "waived" if (item.corpus, item.path, item.reason) in waived else "counted"
+
+
 def retried_path(output: Path, unit: str) -> Path:
     """Commit of a unit that waits to be converted again; the conversion removes it."""
     return output / COMMITS_DIR / f"retry-{unit}.json"
@@ -135,12 +142,11 @@ def rejected(output: Path) -> list[Rejected]:
     for unit, commit, is_retried in _commits(output, read_plan(output)):
         for item in commit.quarantine:
             waiver = waivers.get((item.corpus, item.path, item.reason))
-            usual = "known bad" if item.reason == KNOWN_BAD else "waived" if waiver else "counted"
             found.append(
                 Rejected(
                     **item.model_dump(),
                     unit=unit.id,
-                    state="retry" if is_retried else usual,
+                    state="retry" if is_retried else state_of(item, waivers),
                     note=waiver.note if waiver else "",
                 )
             )

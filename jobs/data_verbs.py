@@ -131,6 +131,7 @@ def convert(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None
 def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
     """Result of a conversion, shown with a progress bar and a closing table."""
     from engine import pipeline
+    from engine.quarantine import state_of
 
     bar = hours_progress()
     with bar:
@@ -147,8 +148,11 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
             )
 
         result = pipeline.run(settings, progress=show)
-    quarantine = [(item.path, item.reason, item.message) for item in result.quarantine]
-    show_table(f"quarantine ({len(quarantine)})", ("path", "reason", "message"), quarantine[:_ROWS_SHOWN])
+    quarantine = [(item.path, item.reason, state_of(item, result.waived), item.message) for item in result.quarantine]
+    num_waived = sum(state == "waived" for _, _, state, _ in quarantine)
+    waived = f", {num_waived} of them waived" if num_waived else ""
+    columns = ("path", "reason", "state", "message")
+    show_table(f"quarantine ({len(quarantine)}{waived})", columns, quarantine[:_ROWS_SHOWN])
     if quarantine:
         console.print(f"kymo quarantine ls {settings.output} lists them; show, retry and waive go on", soft_wrap=True)
     counts = result.counts
@@ -168,7 +172,9 @@ def run_conversion(settings: "ConvertConfig") -> "ConvertResult":
 
 
 def status(
-    folder: str = typer.Argument(help="Output of kymo convert, run_dir or storage of kymo pretrain, adapt or finetune."),
+    folder: str = typer.Argument(
+        help="Output of kymo convert, run_dir or storage of kymo pretrain, adapt or finetune."
+    ),
     watch: bool = typer.Option(False, "--watch", "-w", help="Redraw until it ends; Ctrl-C leaves it be."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
     as_json: bool = typer.Option(False, "--json", help="The whole state once, as JSON."),

@@ -27,6 +27,10 @@ def bad(reason: str) -> Quarantined:
 )
 def test_exit_codes(reasons: list[str], budget: float, code: ExitCode) -> None:
     assert exit_code([bad(reason) for reason in reasons], 10, budget) is code
+    waived = {("c", "p", reason) for reason in reasons}
+    assert exit_code([bad(reason) for reason in reasons], 10, 0.0, waived) is (
+        ExitCode.WITH_QUARANTINE if reasons else ExitCode.COMPLETE
+    )
     assert [int(code) for code in ExitCode] == [0, 3, 4]
 
 

@@ -162,6 +162,8 @@ def test_quarantine_from_list_to_waiver(kymo: Kymo, recordings: Path, tmp_path: 
     config = ConvertConfig.model_validate(settings)
     assert int(convert_all(config).exit_code) == 4
     out = config.output
+    code, text = kymo("convert", out / "config.yaml")
+    assert (code, "quarantine (1)" in text, " counted " in text) == (4, True, True)
     code, text = kymo("quarantine", "ls", out)
     assert code == 0
     assert "over budget: no snapshot is written" in text
@@ -176,7 +178,9 @@ def test_quarantine_from_list_to_waiver(kymo: Kymo, recordings: Path, tmp_path: 
     assert code == 0
     assert "0 of 3 recordings count" in text
     assert "cable was loose" in kymo("quarantine", "ls", out)[1]
-    assert int(convert_all(config).exit_code) == 3
+    code, text = kymo("convert", out / "config.yaml")
+    assert (code, "quarantine (1, 1 of them waived)" in text) == (3, True)
+    assert re.search(r"TRUNCATED +│ waived ", text)
     assert "1 of 1 are waived" in kymo("status", out)[1]
     code, text = kymo("quarantine", "retry", out, "--reason", "TRUNCATED")
     assert (code, "units marked: 1" in text) == (0, True)
