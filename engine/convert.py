@@ -108,7 +108,7 @@ def _take(tally: _Tally, item: PlanItem, answer: dict[str, Any], spool: Path) ->
         tally.samples.append(Spooled(key=row["key"], spool=spool, **place))
         tally.rows[row["key"]] = row
     tally.dropped.update(answer["dropped"])
-    tally.unmapped[f"(any text that {item.corpus}.yaml does not list)"] += answer["unmapped"]
+    tally.unmapped[item.corpus] += answer["unmapped"]
     tally.unit_suspect.update({(item.corpus, kind): count for kind, count in answer["unit_suspect"].items()})
     for label, reason, count in answer["unresolved"]:
         tally.unresolved[item.corpus, label, reason] += count

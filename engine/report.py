@@ -23,7 +23,7 @@ from engine.report_data import (
     num_windows,
     read_report_data,
     suspect_units,
-    unmapped_texts,
+    unmapped_annotations,
     unresolved_labels,
 )
 from engine.report_figures import draw_coverage, draw_hours, draw_labels, draw_losses, draw_training
@@ -35,6 +35,11 @@ MAX_EXAMPLES = 8
 MAX_CLASSES = 20
 MAX_ROWS = 500
 _MAX_NAMES = 4  # corpora in the page's title
+
+UNMAPPED_NOTE = (
+    "Their texts stand in no file of this output, for a text that is in no vocabulary may name a person: "
+    "kymo scan FOLDER --corpus CORPUS shows them, with their counts and the nearest text that the corpus file maps."
+)
 
 CSS = """
 table.kymo {border-collapse: collapse; font-size: 0.9rem; margin: 0.3rem 0 0.6rem 0;}
@@ -146,10 +151,10 @@ def _add_losses(report: mne.Report, data: ReportData) -> None:
     html = html_table(suspects) if suspects else _note("Every channel's amplitude is plausible for its kind and unit.")
     num_suspects = sum(row["channels"] for row in suspects)
     _add_html(report, html, f"Units in doubt ({num_suspects:,} channels)", section="Losses")
-    texts = unmapped_texts(data)
-    if texts:
-        title = f"Annotation texts without a label ({len(texts):,})"
-        _add_html(report, html_table(texts, code=("text",)), title, section="Losses")
+    unmapped = unmapped_annotations(data)
+    if unmapped:
+        title = f"Annotations without a label ({sum(row['annotations'] for row in unmapped):,})"
+        _add_html(report, html_table(unmapped) + _note(UNMAPPED_NOTE), title, section="Losses")
 
 
 def _add_labels(report: mne.Report, data: ReportData) -> None:

@@ -252,12 +252,15 @@ def _range(kind: str) -> str:
     return ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in ((n, b) for n, b in bounds.items() if b))
 
 
-def unmapped_texts(data: ReportData) -> list[dict[str, Any]]:
-    """Annotation texts that a corpus file does not map, with their number."""
+def unmapped_annotations(data: ReportData) -> list[dict[str, Any]]:
+    """Corpora with annotations whose text their file does not map, the most frequent first.
+
+    The texts themselves stand in no file of an output: one that is in no vocabulary may name a person.
+    """
     counts: Counter[str] = Counter()
     for commit in data.commits:
         counts.update(commit.unmapped)
-    return [{"text": text, "count": count} for text, count in counts.most_common()]
+    return [{"corpus": corpus, "annotations": count} for corpus, count in counts.most_common()]
 
 
 def example_keys(data: ReportData, limit: int) -> list[str]:

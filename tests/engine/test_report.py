@@ -12,7 +12,7 @@ from engine.config import ConvertConfig, Source
 from engine.convert import convert_all
 from engine.quarantine import rejected, waive
 from engine.repack import repack
-from engine.report import html_table, write_report
+from engine.report import UNMAPPED_NOTE, html_table, write_report
 from engine.report_data import (
     Losses,
     UnitReport,
@@ -26,6 +26,7 @@ from engine.report_data import (
     read_report_data,
     suspect_units,
     symbol_order,
+    unmapped_annotations,
     unresolved_labels,
 )
 from engine.report_figures import draw_coverage, draw_labels, draw_losses, draw_training, most_frequent
@@ -92,6 +93,21 @@ def test_the_unknown_label_is_listed(data):
     assert [(row["label"], row["recordings"]) for row in rows] == [("X7", 1)]
 
 
+def test_annotations_that_no_map_lists_are_counted_and_a_note_says_where_their_texts_are(data, snapshot, tmp_path):
+    assert unmapped_annotations(data) == []
+    commits = [UnitReport(unmapped={"b": 2}), UnitReport(unmapped={"a": 1200, "b": 3})]
+    rows = unmapped_annotations(replace(data, commits=tuple(commits)))
+    assert rows == [{"corpus": "a", "annotations": 1200}, {"corpus": "b", "annotations": 5}]
+
+    folder = tmp_path / "odd"
+    shutil.copytree(snapshot, folder)
+    path = next((folder / "commits").glob("commit-*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unmapped": {"synthetic_psg": 7}}))
+    text = unescape(write_report(folder, tmp_path / "some.html").read_text(encoding="utf-8"))
+    assert "Annotations without a label (7)" in text
+    assert UNMAPPED_NOTE in text
+
+
 def test_stages_by_split_count_every_window(data):
     counts = label_counts(data, "stage")
     assert {split: counter.total() for split, counter in counts.items()} == {"train": 20, "val": 20, "test": 20}
@@ -128,6 +144,7 @@ def test_the_page_is_one_file_with_every_section(snapshot, run, tmp_path):
         "encoder: {kind: sleep}",
     ):
         assert heading in text, heading
+    assert UNMAPPED_NOTE not in text
     # Nothing is loaded from elsewhere; links that a reader may click are allowed.
     loaded = re.findall(
         r"<(?:script|img|link|iframe|source)\b[^>]*?\b(?:src|href)\s*=\s*[\"']?(?!data:|#)([^\"'\s>]+)", page
