@@ -187,6 +187,11 @@ def _runs_of(config: AblationConfig, base: dict[str, Any], variant: Variant, see
         raise ConfigError(f"variant {variant.name!r}: {own[0]} is the table's; give run_dir and seeds at its top")
     run_dir = f"{config.run_dir}/{variant.folder}/seed-{seed}"
     data = {**apply_overrides(base, changes), "run_dir": run_dir, "seed": seed}
+    if data.get("storage") is not None:
+        raise ConfigError(
+            f"variant {variant.name!r}: storage: {data['storage']} would be that of every run; leave it out: the runs "
+            "of a table stay in its run_dir"
+        )
     where = f"variant {variant.name!r}"
     if not variant.each_task:
         return [Planned(variant=variant.name, seed=seed, config=validate(AdaptConfig, data, where=where))]

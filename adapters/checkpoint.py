@@ -1,7 +1,7 @@
 """Checkpoints of a run that learns tasks: trainable tensors, optimizer moments, best tensors so far.
 
-`step-N.safetensors` is written first and `step-N.json`, which holds the SHA-256 of both, last; each beside its place
-and then renamed. Without a JSON that fits there is no checkpoint, so a kill at any moment leaves the one before.
+They lie, are committed, verified and cleared away as those of pretraining (trainer/checkpoint_store.py), on a disk or
+in an object store: `step-000000040-a1/` with `tensors.safetensors`, `meta.json` and a manifest, which is written last.
 Nothing in them depends on the number of ranks or on who splits the optimizer among them; the first rank does it all.
 """
 
@@ -11,18 +11,32 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
 from adapters.model import TaskModel
 from adapters.update import MOMENTS, Moments
-from manifests.config import digest, write_atomically
+from manifests.config import write_atomically
 from manifests.errors import ConfigError, ContractError
+from trainer.checkpoint_store import (
+    META_FILE,
+    FileEntry,
+    checkpoint_name,
+    collect_garbage,
+    commit,
+    committed_checkpoints,
+    newest_checkpoint,
+    set_aside,
+    verify_checkpoint,
+    working_name,
+)
+from trainer.lock import Fence
+from trainer.storage import answering, is_remote, remove_folder
 
 logger = logging.getLogger(__name__)
 
+TENSORS_FILE = "tensors.safetensors"
 KEPT = 2
 
 
@@ -68,58 +82,77 @@ def put_trainable(model: TaskModel, tensors: Mapping[str, torch.Tensor], *, wher
             parameter.copy_(tensors[name])
 
 
-def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
-    """Write a checkpoint and remove all but the newest two."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fence: Fence, fingerprint: str) -> Path:
+    """Commit a checkpoint and remove all but the newest two; returns its folder. Of one rank alone.
+
+    Raises:
+        ConfigError: It cannot be written, or a later start has claimed the run; the checkpoint before it stands.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in checkpoint.best.items()}
     for name, state in checkpoint.moments.items():
         tensors |= {f"optimizer/{moment}/{name}": state[moment] for moment in MOMENTS}
-    content = save(tensors)
-    stem = folder(run_dir) / f"step-{checkpoint.progress.step:07d}"
-    write_atomically(stem.with_suffix(".safetensors"), content)
-    meta = {**asdict(checkpoint.progress), "fingerprint": fingerprint}
-    write_atomically(stem.with_suffix(".json"), json.dumps({**meta, "sha256": _seal(meta, content)}, indent=2) + "\n")
-    for old in sorted(folder(run_dir).glob("step-*.json"))[:-KEPT]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    meta = {"progress": asdict(checkpoint.progress), "fingerprint": fingerprint}
+    files = {TENSORS_FILE: save(tensors), META_FILE: json.dumps(meta, indent=1).encode()}
+    path = folder / checkpoint_name(checkpoint.progress.step, fence.attempt)
+    try:
+        with answering(path):
+            fence.check()
+            for name, content in files.items():
+                write_atomically(working_name(path) / name, content)
+            fence.check()
+            commit(path, {name: _entry(content) for name, content in files.items()})
+            collect_garbage(folder, keep=KEPT, attempt=fence.attempt)
+    except Exception:
+        if not is_remote(path):
+            remove_folder(working_name(path))  # a full disk needs the room
+        raise
+    return path
 
 
-def find_checkpoint(run_dir: Path, *, fingerprint: str) -> Checkpoint | None:
-    """The newest checkpoint that verifies.
+def find_checkpoint(folder: Path, *, fingerprint: str) -> Checkpoint | None:
+    """The newest checkpoint that verifies; a damaged one is set aside. Of one rank alone.
 
     Raises:
         ConfigError: It belongs to another configuration, encoder or snapshot.
     """
-    for path in sorted(folder(run_dir).glob("step-*.json"), reverse=True):
-        tensor_file = path.with_suffix(".safetensors")
-        content = tensor_file.read_bytes() if tensor_file.exists() else b""
-        meta = _read_meta(path)
-        if meta.pop("sha256", None) != _seal(meta, content):
-            logger.warning("%s: it is damaged, or its tensors are; the checkpoint before is taken", path)
-            continue
-        check_fingerprint(path, meta.pop("fingerprint"), fingerprint)
-        sections = _sections(load(content))
-        moments: Moments = {}
-        for moment in MOMENTS:
-            for name, tensor in sections.get(f"optimizer/{moment}", {}).items():
-                moments.setdefault(name, {})[moment] = tensor
-        return Checkpoint(
-            progress=Progress(**meta), weights=sections["model"], best=sections.get("best", {}), moments=moments
-        )
+    with answering(folder):
+        for path in committed_checkpoints(folder):
+            try:
+                verify_checkpoint(path)
+            except ContractError as error:
+                set_aside(path, str(error))
+                continue
+            meta = json.loads((path / META_FILE).read_bytes())
+            check_fingerprint(path, meta["fingerprint"], fingerprint)
+            return _read(path, Progress(**meta["progress"]))
     return None
 
 
-def _seal(meta: Mapping[str, Any], content: bytes) -> str:
-    """SHA-256 (hex) of both files of a checkpoint."""
-    return digest([dict(meta), hashlib.sha256(content).hexdigest()])
+def _read(path: Path, progress: Progress) -> Checkpoint:
+    sections = _sections(load((path / TENSORS_FILE).read_bytes()))
+    moments: Moments = {}
+    for moment in MOMENTS:
+        for name, tensor in sections.get(f"optimizer/{moment}", {}).items():
+            moments.setdefault(name, {})[moment] = tensor
+    return Checkpoint(progress=progress, weights=sections["model"], best=sections.get("best", {}), moments=moments)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return meta if isinstance(meta, dict) else {}
+def check_owner(folder: Path, *, fingerprint: str) -> None:
+    """ConfigError when the newest checkpoint is another run's: who is not its owner may not even claim it."""
+    with answering(folder):
+        path = newest_checkpoint(folder)
+        if path is None:
+            return
+        try:
+            found = str(json.loads((path / META_FILE).read_bytes())["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # damaged: `find_checkpoint` says so
+    check_fingerprint(path, found, fingerprint)
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def check_fingerprint(path: Path, found: str, expected: str) -> None:
@@ -127,13 +160,8 @@ def check_fingerprint(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise ConfigError(
             f"{path}: belongs to another configuration, encoder or snapshot ({found[:12]}, now {expected[:12]}); "
-            "set it back or choose another run_dir"
+            "set it back, or choose another run_dir and storage"
         )
-
-
-def folder(run_dir: Path) -> Path:
-    """Where the checkpoints of a run lie."""
-    return run_dir / "checkpoints"
 
 
 def _sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from adapters.running import Running
+from trainer.config import FolderOnDisk
 from trainer.models.art_gat import ArtGatConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -146,7 +147,7 @@ class TaskTraining(Running):
         eval_windows: At most so many windows per task and split are scored.
     """
 
-    run_dir: str
+    run_dir: FolderOnDisk
     encoder: str
     tasks: Annotated[list[TaskRun], Field(min_length=1)]
     steps: Positive = 200

@@ -10,7 +10,7 @@ from trainer.config import NumWorkers, RayConfig
 
 # May change between two starts of one run: they decide where numbers are computed. Summation order follows them.
 FREE_KEYS = frozenset(
-    {"zero_stage", "num_workers", "device", "threads", "collective_timeout_s", "ray", "cache", "log_every"}
+    {"zero_stage", "num_workers", "device", "threads", "collective_timeout_s", "ray", "cache", "log_every", "storage"}
 )
 
 
@@ -29,6 +29,8 @@ class Running(BaseModel):
         threads: CPU threads of a process; results are bit-identical for equal numbers only. One is enough for small
             encoders, and two on a busy machine wait for each other.
         collective_timeout_s: Then a process that does not answer ends the others. They wait while the first one scores.
+        storage: Where checkpoints and result lie: s3://bucket/folder, any fsspec URL, or a path; null = run_dir. On
+            another machine the same command goes on from there.
         cache: Where shards of snapshots in an object store are kept; without effect on those on a disk.
         ray: How Ray Train runs the processes.
     """
@@ -42,6 +44,7 @@ class Running(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: Annotated[int, Field(ge=1)] = 1
     collective_timeout_s: Annotated[int, Field(ge=1)] = 900
+    storage: str | None = None
     cache: CacheConfig | None = None
     ray: RayConfig = RayConfig()
 

@@ -7,7 +7,6 @@ with equal ranks and threads, and with the same windows, channel dropout and rat
 inside the model is drawn per rank: it differs between one rank and two, and sums are taken in another order.
 """
 
-import json
 import logging
 import math
 import time
@@ -18,37 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from adapters.build import build_task_model
-from adapters.checkpoint import (
-    Checkpoint,
-    Progress,
-    check_fingerprint,
-    copy_trainable,
-    find_checkpoint,
-    put_trainable,
-    save_checkpoint,
-)
+from adapters.checkpoint import Checkpoint, Progress, copy_trainable, put_trainable
 from adapters.config import AdaptConfig, TaskTraining
 from adapters.data import TaskData, describe_data, load_task_data
 from adapters.evaluate import evaluate, mean_primary
 from adapters.model import MultiTaskModel, TaskModel
+from adapters.paths import TRAINED_FILE
 from adapters.provenance import seen_in_pretraining
 from adapters.rows import Rows
+from adapters.run_folder import Start, open_folder
 from adapters.running import FREE_KEYS, Running
 from adapters.sampling import Share, shares
 from adapters.stream import labelled_batches
 from adapters.update import LabelledBatch, RunConfig, Update, loss_weight, summed_loss
-from manifests.config import digest, start_run, write_atomically
+from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.tasks import Task, load_task
 from trainer.batches import stable_hash
 from trainer.cache import open_cache
 from trainer.collectives import explained_timeouts, rank, sum_over_ranks
 from trainer.export import load_encoder, read_card
-from trainer.lock import hold
-from trainer.paths import LOCK_FILE
 from trainer.process_group import is_launched, join_group, run_on_rank_zero
 from trainer.samples import SnapshotSource
 from trainer.stopper import Stopper
@@ -56,12 +46,9 @@ from trainer.stopper import Stopper
 logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
-RESULT_FILE = "result.json"
-TRAINED_FILE = "trained.safetensors"
 # Keys of a configuration that do not decide the trained numbers, or that the fingerprint holds in another form.
 INCIDENTAL = {"run_dir", "encoder", "tasks", "checkpoint_every", "card"} | FREE_KEYS
 MAX_SKIPPED = 10  # steps without a finite gradient
-LOCK_PATIENCE_S = 30.0  # whoever starts ranks again may still be ending the earlier ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,20 +145,20 @@ def train_tasks(
 ) -> dict[str, Any]:
     """The content of `result.json`: the model trained and scored or, if the run is finished already, read back."""
     began = time.monotonic()
-    run_dir = Path(config.run_dir)
-    fingerprint = _fingerprint(config, data)
+    folder = open_folder(config, fingerprint=_fingerprint(config, data))
     with explained_timeouts(config.collective_timeout_s), _closing_cache(data):
-        found = run_on_rank_zero(lambda: _read_result(run_dir, fingerprint))
+        found = run_on_rank_zero(folder.read_result)
         if found is None:
-            with _held(run_dir):
-                # It may have been finished by whoever held the folder until now.
-                found = run_on_rank_zero(lambda: _read_result(run_dir, fingerprint))
+            with folder.held():
+                # It may have been finished by whoever held the folder until now, or on another machine.
+                found = run_on_rank_zero(lambda: folder.fetch_result(config))
                 if found is None:
-                    kept_step = _train(config, model, data, fingerprint=fingerprint, report=report, update=update)
-                    return _finish(config, model, data, fingerprint=fingerprint, kept_step=kept_step, began=began)
+                    start = folder.begin(config)
+                    kept_step = _train(config, model, data, start=start, report=report, update=update)
+                    return _finish(config, model, data, start=start, kept_step=kept_step, began=began)
     result, tensors = found
-    put_trainable(model, tensors, where=str(run_dir / TRAINED_FILE))
-    logger.info("%s: finished before; nothing to do", run_dir)
+    put_trainable(model, tensors, where=str(folder.path / TRAINED_FILE))
+    logger.info("%s: finished before; nothing to do", folder.path)
     return result
 
 
@@ -197,16 +184,6 @@ def _fingerprint(config: RunConfig, data: dict[str, TaskData]) -> str:
     return digest([config.model_dump(mode="json", exclude=INCIDENTAL), read_card(config.encoder).sha256, tasks])
 
 
-def _read_result(run_dir: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """Result and trained tensors of a finished run."""
-    path = run_dir / RESULT_FILE
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    check_fingerprint(path, result["fingerprint"], fingerprint)
-    return result, load((run_dir / TRAINED_FILE).read_bytes())
-
-
 @contextmanager
 def _closing_cache(data: Mapping[str, TaskData]) -> Iterator[None]:
     """Let go of the shards of an object store at the end."""
@@ -216,19 +193,6 @@ def _closing_cache(data: Mapping[str, TaskData]) -> Iterator[None]:
         for item in data.values():
             if item.cache is not None:
                 item.cache.close()
-
-
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    """The run folder, for this run alone; the lock is the first rank's."""
-    patience_s = LOCK_PATIENCE_S if is_launched() else 1.0
-    with ExitStack() as stack:
-
-        def take() -> None:
-            stack.enter_context(hold(run_dir / LOCK_FILE, patience_s=patience_s))
-
-        run_on_rank_zero(take)
-        yield
 
 
 def share_out(config: TaskTraining, data: Mapping[str, TaskData]) -> dict[str, Share]:
@@ -246,18 +210,15 @@ def _train(
     model: TaskModel,
     data: dict[str, TaskData],
     *,
-    fingerprint: str,
+    start: Start,
     report: Report | None,
     update: type[Update],
 ) -> int:
     """Train to the last step, put the kept weights in place and return their step."""
-    run_dir = Path(config.run_dir)
-    # Before the header is written: the folder may be another run's.
-    saved = run_on_rank_zero(lambda: find_checkpoint(run_dir, fingerprint=fingerprint))
-    run_on_rank_zero(lambda: start_run(run_dir, config))
+    run_dir = start.folder.path
     parts = share_out(config, data)
     updater = update(config, model, num_tasks=len(data))
-    progress, best = _resume(saved, model, updater)
+    progress, best = _resume(start.saved, model, updater)
     rows = Rows(run_dir, after=progress.step, report=report, is_active=rank() == 0)
     with ExitStack() as stack:
         stopper = stack.enter_context(Stopper(run_dir))
@@ -282,7 +243,7 @@ def _train(
                 best = _keep_better(model, best, progress, mean_primary(scores, data))
             is_asked, _ = stopper.poll()
             if progress.step % config.checkpoint_every == 0 or is_last or is_asked:
-                _save(run_dir, model, updater, progress=progress, best=best, fingerprint=fingerprint)
+                _save(start, model, updater, progress=progress, best=best)
             if is_asked and not is_last:
                 logger.warning("stopped after step %d; the same command goes on from here", progress.step)
                 raise KeyboardInterrupt
@@ -335,23 +296,12 @@ def _resume(saved: Checkpoint | None, model: TaskModel, update: Update) -> tuple
     return replace(saved.progress), saved.best
 
 
-def _save(
-    run_dir: Path,
-    model: TaskModel,
-    update: Update,
-    *,
-    progress: Progress,
-    best: dict[str, torch.Tensor],
-    fingerprint: str,
-) -> None:
+def _save(start: Start, model: TaskModel, update: Update, *, progress: Progress, best: dict[str, torch.Tensor]) -> None:
     """Write a checkpoint. A collective."""
     moments = update.moments()
-
-    def write() -> None:
-        checkpoint = Checkpoint(progress=progress, weights=copy_trainable(model), best=best, moments=moments)
-        save_checkpoint(run_dir, checkpoint, fingerprint=fingerprint)
-
-    run_on_rank_zero(write)
+    run_on_rank_zero(
+        lambda: start.save(Checkpoint(progress=progress, weights=copy_trainable(model), best=best, moments=moments))
+    )
 
 
 def _note_skipped(progress: Progress, norm: float) -> None:
@@ -407,7 +357,7 @@ def _finish(
     model: TaskModel,
     data: dict[str, TaskData],
     *,
-    fingerprint: str,
+    start: Start,
     kept_step: int,
     began: float,
 ) -> dict[str, Any]:
@@ -415,7 +365,6 @@ def _finish(
     by_split = {split: evaluate(model, data, split=split, limit=config.eval_windows) for split in ("val", "test")}
     card = read_card(config.encoder)
     result = {
-        "fingerprint": fingerprint,
         "kept_step": kept_step,
         "seconds": round(time.monotonic() - began, 1),
         "scores": {name: {split: by_split[split].get(name) for split in by_split} for name in data},
@@ -425,13 +374,7 @@ def _finish(
         },
     }
 
-    def write() -> dict[str, Any]:
-        run_dir = Path(config.run_dir)
-        write_atomically(run_dir / TRAINED_FILE, save(copy_trainable(model)))
-        write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-        return result
-
-    return run_on_rank_zero(write)
+    return run_on_rank_zero(lambda: start.write_result(result, copy_trainable(model)))
 
 
 def _values(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from adapters.config import AdaptConfig, FinetuneConfig
 from adapters.finetune import FinetuneResult, finetune
 from adapters.rows import describe
-from adapters.train import RESULT_FILE, AdaptResult, adapt
+from adapters.run_folder import is_finished
+from adapters.train import AdaptResult, adapt
 from adapters.update import Update
 from trainer.process_group import is_launched
 from trainer.storage import location
@@ -37,7 +38,7 @@ def find_update(config: AdaptConfig | FinetuneConfig) -> type[Update]:
 
 
 def _needs_ray(config: AdaptConfig | FinetuneConfig) -> bool:
-    return config.num_workers != 1 and not is_launched() and not (Path(config.run_dir) / RESULT_FILE).exists()
+    return config.num_workers != 1 and not is_launched() and not is_finished(config)
 
 
 def _on_workers(config: ConfigT) -> ConfigT:
@@ -63,7 +64,7 @@ def _on_workers(config: ConfigT) -> ConfigT:
             backend="gloo" if config.device == "cpu" else None,
         )
     )
-    if not (run_dir / RESULT_FILE).exists():
+    if not is_finished(config):
         raise KeyboardInterrupt
     return config
 
@@ -97,4 +98,6 @@ def _with_absolute_paths(config: ConfigT) -> ConfigT:
         for run in config.tasks
     ]
     places = {name: str(Path(getattr(config, name)).absolute()) for name in ("run_dir", "encoder")}
+    if config.storage is not None:
+        places["storage"] = str(location(config.storage))
     return config.model_copy(update={**places, "tasks": tasks})

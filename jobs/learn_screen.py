@@ -38,6 +38,8 @@ def learn_screen(state: "LearnStatus") -> Group:
     """Headline, bar, and a row for each task."""
     head = Text(f"{state.run_dir}: ")
     head.append(state.state, style=RUN_COLORS.get(state.state, "cyan"))
+    if state.reason:
+        head.append(f"\n{state.reason}")
     if state.state == "stopped":
         head.append(f"\ngo on with: {state.resume}")
     speed = "" if state.windows_per_s is None else f", {state.step_s:.3g} s a step, {state.windows_per_s:.0f} windows/s"

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from upath import UPath
 
 from adapters import train
 from adapters.checkpoint import copy_trainable
@@ -21,6 +22,7 @@ from adapters.data import TaskData
 from adapters.evaluate import evaluate
 from adapters.finetune import FinetuneModel, finetune
 from adapters.rows import CLOCK
+from adapters.status import learn_status
 from adapters.stream import labelled_batches
 from adapters.train import load_data, share_out, train_tasks
 from adapters.update import build_optimizer, loss_weight, summed_loss
@@ -32,6 +34,7 @@ from trainer.export import load_encoder, save_encoder
 from trainer.models.art_gat import ArtGatConfig
 from trainer.models.build import build_encoder
 from trainer.models.univariate import UnivariateEncoderConfig
+from trainer.storage import location
 
 MakeConfig = Callable[..., FinetuneConfig]
 TINY = UnivariateEncoderConfig(width=16, depth=1, num_heads=2, num_tokens=4, conv_channels=(4, 8, 16))
@@ -125,6 +128,28 @@ def test_killed_run_continues_bit_for_bit(make_finetune, tmp_path, monkeypatch):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     monkeypatch.setattr(train, "train_step", lambda *_, **__: pytest.fail("trained again"))
     assert finetune(config).scores == whole.scores
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_fresh_machine_goes_on_from_the_store(make_finetune, tmp_path):
+    UPath("s3://runs").mkdir(exist_ok=True)
+    store = f"s3://runs/{tmp_path.name}"
+    whole = finetune(make_finetune(run_dir=str(tmp_path / "whole")))
+    first, second = (make_finetune(run_dir=str(tmp_path / name), storage=store) for name in ("first", "second"))
+
+    def ask(row: dict) -> None:
+        if row["step"] == 2:
+            (tmp_path / "first" / "STOP").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(first, report=ask)
+    state = learn_status(location(store))
+    assert (state.state, state.checkpoint) == ("elsewhere", 2)
+    continued = finetune(second)
+    assert rows(tmp_path / "second") == rows(tmp_path / "whole")
+    expected, got = copy_trainable(whole.model), copy_trainable(continued.model)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert learn_status(location(store)).state == "finished"
 
 
 def test_from_scratch_differs_in_the_encoder_alone(make_finetune, univariate_dir, tmp_path):

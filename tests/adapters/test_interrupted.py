@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 import adapters
-from adapters.checkpoint import folder
 from adapters.config import AdaptConfig
-from adapters.train import RESULT_FILE, TRAINED_FILE, adapt
+from adapters.paths import RESULT_FILE, TRAINED_FILE
+from adapters.train import adapt
 from manifests.config import dump_yaml
+from trainer.checkpoint_store import newest_checkpoint, step_of
 from trainer.lock import hold
-from trainer.paths import LOCK_FILE
+from trainer.paths import CHECKPOINT_FOLDER, LOCK_FILE
 
 MakeConfig = Callable[..., AdaptConfig]
 REPOSITORY = Path(adapters.__file__).parent.parent
@@ -91,7 +92,9 @@ def assert_same(config: AdaptConfig, expected: AdaptConfig) -> None:
 
 
 def newest_step(config: AdaptConfig) -> int:
-    return max(json.loads(path.read_text())["step"] for path in folder(Path(config.run_dir)).glob("*.json"))
+    newest = newest_checkpoint(Path(config.run_dir) / CHECKPOINT_FOLDER)
+    assert newest is not None
+    return step_of(newest)
 
 
 def test_killed_or_stopped_the_same_command_ends_with_the_same_bits(make_run: MakeConfig) -> None:

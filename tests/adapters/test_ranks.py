@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from adapters.config import AdaptConfig
-from adapters.train import RESULT_FILE, TRAINED_FILE, adapt
+from adapters.paths import RESULT_FILE, TRAINED_FILE
+from adapters.train import adapt
 from adapters.update import Update
 from adapters.zero import ZeroUpdate
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adapters import train
-from adapters.checkpoint import copy_trainable, folder
+from adapters.checkpoint import TENSORS_FILE, copy_trainable
 from adapters.evaluate import evaluate
 from adapters.rows import CLOCK
 from adapters.train import adapt
@@ -76,7 +76,7 @@ def test_damaged_checkpoint_is_never_picked_up(make_config, monkeypatch):
     whole = adapt(config)
     run_dir = Path(config.run_dir)
     (run_dir / "result.json").unlink()
-    newest = sorted(folder(run_dir).glob("*.safetensors"))[-1]
+    newest = run_dir / "checkpoints" / "step-000000008-a1" / TENSORS_FILE
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
@@ -85,6 +85,7 @@ def test_damaged_checkpoint_is_never_picked_up(make_config, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *a, step, **k: (steps.append(step), real(*a, step=step, **k))[1])
     again = adapt(config)
     assert steps == [6, 7]
+    assert (run_dir / "checkpoints" / "damaged-step-000000008-a1").is_dir()
     expected, got = copy_trainable(whole.model), copy_trainable(again.model)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -109,8 +110,9 @@ def test_unfinished_run_of_another_configuration_is_refused(make_config):
     config = make_config(steps=4)
     adapt(config)
     (Path(config.run_dir) / "result.json").unlink()
-    with pytest.raises(ConfigError, match=r"step-0000004\.json: belongs to another configuration"):
+    with pytest.raises(ConfigError, match="step-000000004-a1: belongs to another configuration"):
         adapt(make_config(steps=4, seed=1))
+    assert len(list(Path(config.run_dir, "attempts").iterdir())) == 1, "what is another run's was claimed"
 
 
 def test_evaluation_is_without_dropout(adapted, make_config):
