@@ -1,10 +1,12 @@
 """Fixtures that every package's tests share."""
 
 import importlib.util
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,6 +82,26 @@ def hub(start_hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("time.sleep", lambda _: None)
     return start_hub()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs `function(rank, port, *arguments)` in `world` processes and raises what one of them raised.
+
+    The processes are forked from one that has imported already what takes each of them ten seconds.
+    """
+    from torch.multiprocessing import start_processes
+
+    slow = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp")
+    get_context("forkserver").set_forkserver_preload(["trainer.loop", "adapters.train", "adapters.zero", *slow])
+
+    def run(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import socket
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing import start_processes
 
 from adapters.bundle import write_bundle
 from adapters.config import AdaptConfig
@@ -130,23 +127,6 @@ def make_encoder() -> Callable[..., SleepEncoder]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., None]:
-    """Runs `function(rank, port, *arguments)` in `world` processes and raises what one of them raised.
-
-    The processes are forked from one that has imported already what takes each of them ten seconds.
-    """
-    get_context("forkserver").set_forkserver_preload(["adapters.train", "adapters.zero"])
-
-    def run(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
-
-    return run
 
 
 @pytest.fixture(scope="session")

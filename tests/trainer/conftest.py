@@ -3,12 +3,10 @@
 import os
 import socket
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.multiprocessing import start_processes
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -40,22 +38,10 @@ def two_ranks() -> Callable[[], list[dict[str, str]]]:
     return make
 
 
-@pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., None]:
-    """Runs `function(rank, port, *arguments)` in `world` processes and raises what one of them raised.
-
-    The processes are forked from one that has imported already what takes each of them eight seconds.
-    """
-    slow = ["trainer.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp"]
-    get_context("forkserver").set_forkserver_preload(slow)
-
-    def run(function: Callable[..., None], *arguments: Any, world: int = 2) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start_processes(function, args=(port, *arguments), nprocs=world, start_method="forkserver")
-
-    return run
+@pytest.fixture
+def zero_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one rank takes the ZeRO stage of its configuration, as several do."""
+    monkeypatch.setattr("trainer.run.as_carried_out", lambda config: config)
 
 
 @pytest.fixture
