@@ -115,26 +115,23 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
         RecordingError: `ANNOTATION_INVALID` if the corpus promises labels that cannot be found or read.
     """
     by_target: dict[str, list[Annotation]] = {"stage": [], "events": [], "classes": []}
-    unmapped: Counter[str] = Counter()
     missing: list[str] = []
     scoring = None
-    for rule in corpus.annotation_rules:
-        raw = _raw(recording, corpus, rule)
+    raws = [_raw(recording, corpus, rule) for rule in corpus.annotation_rules]
+    unmapped = _unmapped(corpus, raws)
+    for rule, raw in zip(corpus.annotation_rules, raws, strict=True):
         if raw is None:
             missing.append(rule.source)
             by_target[rule.target] += _uncovered((), recording, rule)
             continue
-        siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
-        if siblings[0] is rule:
-            unmapped.update(a.text for a in raw if not any(other.lists(a.text) for other in siblings))
         found = _mapped(raw, rule, end=_end(recording))
         by_target[rule.target] += [*found, *_uncovered(found, recording, rule)]
         if rule.target == "stage" and rule.source != "none":
             scoring = score(found, recording.segments, rule.epoch_s, path=recording.path)
     if unmapped:
-        logger.info("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
+        logger.debug("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
     if scoring and scoring.scored_s:
-        logger.info("%s: %s", recording.path, scoring.summary())
+        logger.debug("%s: %s", recording.path, scoring.summary())
     return Labels(
         stages=scoring.stages if scoring else (),
         events=tuple(sorted(by_target["events"], key=lambda found: found.onset)),
@@ -143,6 +140,24 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
         missing=tuple(missing),
         scoring=scoring,
     )
+
+
+def unmapped_texts(recording: Recording, corpus: Corpus) -> dict[str, int]:
+    """How often each text comes up that the corpus file does not list, also where the rest makes no sense.
+
+    Raises:
+        RecordingError: `ANNOTATION_INVALID` for labels that cannot be found or read.
+    """
+    return _unmapped(corpus, [_raw(recording, corpus, rule) for rule in corpus.annotation_rules])
+
+
+def _unmapped(corpus: Corpus, raws: Sequence[Sequence[Annotation] | None]) -> Counter[str]:
+    unmapped: Counter[str] = Counter()
+    for rule, raw in zip(corpus.annotation_rules, raws, strict=True):
+        siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
+        if raw is not None and siblings[0] is rule:
+            unmapped.update(label.text for label in raw if not any(other.lists(label.text) for other in siblings))
+    return unmapped
 
 
 def _raw(recording: Recording, corpus: Corpus, rule: AnnotationRule) -> Sequence[Annotation] | None:
@@ -256,7 +271,7 @@ def _path_label(recording: Recording, rule: AnnotationRule) -> Sequence[Annotati
         return [_whole(recording, matches[-1]["label"])]
     if not rule.required:
         return None
-    raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: the path does not match {rule.pattern!r}")
+    raise RecordingError("ANNOTATION_INVALID", f"{recording.path}: the path does not match '{rule.pattern}'")
 
 
 def _row_labels(row: Mapping[str, str], recording: Recording, rule: AnnotationRule) -> list[str]:

@@ -31,7 +31,8 @@ from engine.lock import locked
 from engine.plan import PlanItem, Unit, plan, read_plan, write_plan
 from engine.probe import HeaderLimits
 from engine.sandbox import Job, Sandbox
-from engine.scan import ScanResult, load_sources, scan
+from engine.scan import load_sources, scan
+from engine.scan_result import ScanResult
 from engine.shardwriter import Spooled, write_shards
 from engine.storage import is_remote, sizes_in, work_folder, writable
 from engine.windows import recording_id

@@ -1,7 +1,8 @@
 """Which files a corpus and a recording consist of, and what identifies their content."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +33,27 @@ def corpus_files(corpus: Corpus, root: Path) -> list[Path]:
     found -= {path for pattern in corpus.exclude for path in root.glob(pattern)}
     refuse_foreign_names(found, corpus.id)
     return [recording for path in sorted(found) for recording in _listed(path, corpus)]
+
+
+def left_out(corpus: Corpus, root: Path, recordings: Iterable[Path]) -> Counter[str]:
+    """By suffix, files under a local root that no rule of the corpus takes.
+
+    A recording's companions and its file of labels are taken, as are the corpus' tables and what `exclude` names.
+    """
+    taken = {part for path in recordings for part in companions(path, corpus.reader_of(path), corpus)}
+    taken |= {split_member(path)[0] for path in recordings}
+    taken |= {path for pattern in corpus.exclude for path in root.glob(pattern)}
+    taken |= {path for pattern in corpus.side_files for path in root.rglob(pattern)}
+    return by_suffix(set(root.rglob("*")) - taken, folders=taken)
+
+
+def by_suffix(paths: Iterable[Path], *, folders: Collection[Path] = ()) -> Counter[str]:
+    """Number of files by suffix, in lower case; those inside of `folders` (recordings that are one) do not count."""
+    return Counter(
+        path.suffix.lower() or "no suffix"
+        for path in paths
+        if path.is_file() and not any(folder in folders for folder in path.parents)
+    )
 
 
 def refuse_foreign_names(paths: Iterable[Path], where: str) -> None:

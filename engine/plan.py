@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ENGINE_VERSION, ConvertConfig
-from engine.scan import ScanResult, ScanRow
+from engine.scan_result import ScanResult, ScanRow
 from manifests.channels import table_digest
 from manifests.config import digest, write_atomically
 from manifests.corpora import Corpus

@@ -2,189 +2,40 @@
 
 import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from engine.annotations import read_labels, unmapped_texts
 from engine.config import Source
 from engine.copies import local_copy, local_tables
-from engine.files import companions, corpus_files, identity_of, is_unlisted, refuse_foreign_names
+from engine.files import by_suffix, companions, corpus_files, identity_of, is_unlisted, left_out, refuse_foreign_names
 from engine.probe import HeaderLimits, guarded_headers
 from engine.read import read_header, sniff
-from engine.recording import MEMBER_MARK, Channel, Recording
+from engine.recording import Channel, Recording
 from engine.scan_cache import ScanCache
+from engine.scan_result import NO_CORPUS, ScanChannel, ScanResult, ScanRow
 from engine.storage import is_remote
 from manifests.channels import ChannelTag, Unresolved, resolve
 from manifests.config import digest
 from manifests.corpora import Corpus, load_corpus, recording_split, subject_hash, who_of
 from manifests.errors import ConfigError, ContractError, RecordingError
+from manifests.subjects import is_somebodys
 
 logger = logging.getLogger(__name__)
 
-NO_CORPUS = ""
+_NUM_NAMED = 3  # files in a message
 _NUM_REQUESTS = 16  # recordings on a store that are identified at once; each takes some ten small requests
-
-# Reasons of `Unresolved` that are no gap in our knowledge.
-KNOWN_REASONS = ("excluded by corpus", "role ", "uncalibrated")
 
 # A bank letter and a number, as amplifiers count their inputs; and those of them that no 10-20 site is called.
 _INPUT = re.compile(r"[A-H]\d{1,3}")
 _NO_SITE = re.compile(r"[AE](?:[3-9]|\d{2,3})|[BDGH]\d{1,2}")
 _MIN_NUMBERED = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScanChannel:
-    """A channel that resolved: its symbol, kind, native rate in Hz and unit as written."""
-
-    symbol: str
-    kind: str
-    rate: Fraction
-    unit: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScanRow:
-    """One recording.
-
-    Attributes:
-        corpus: Id of its corpus, empty in a scan without one.
-        path: POSIX path relative to the root.
-        subject: Hashed subject.
-        session: Session of the path, hashed like the subject, or empty.
-        identity: Digest of the input files, see `engine.files.identity_of`.
-        num_bytes: Size of the input files in bytes.
-        split: Split by the corpus' rule, empty in a scan without a corpus.
-        duration: Recorded time in seconds.
-        channels: Channels that resolved to a signal.
-        unresolved: Label and reason of each channel that did not.
-        reason: Code of a `RecordingError`, empty for a readable recording.
-        message: What the error says.
-    """
-
-    corpus: str
-    path: str
-    subject: str
-    session: str
-    identity: str
-    num_bytes: int
-    split: str = ""
-    duration: Fraction = Fraction(0)
-    channels: tuple[ScanChannel, ...] = ()
-    unresolved: tuple[tuple[str, str], ...] = ()
-    reason: str = ""
-    message: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanResult:
-    """All recordings of a scan with the corpora that they belong to; the methods give plain rows for tables."""
-
-    rows: tuple[ScanRow, ...]
-    corpora: Mapping[str, Corpus]
-
-    @cached_property
-    def readable(self) -> tuple[ScanRow, ...]:
-        """Rows without an error."""
-        return tuple(row for row in self.rows if not row.reason)
-
-    def corpus_rows(self) -> list[dict[str, Any]]:
-        """Per corpus: recordings, subjects, hours, unreadable, megabytes, and what its file expects."""
-        groups: dict[str, list[ScanRow]] = {name: [] for name in self.corpora}
-        for row in self.rows:
-            groups.setdefault(row.corpus, []).append(row)
-        return [_corpus_row(name, rows, self.corpora.get(name)) for name, rows in groups.items()]
-
-    def channel_rows(self) -> list[dict[str, Any]]:
-        """Per symbol: kind, recordings that have it, their share, hours, native rates in Hz, units."""
-        recordings: Counter[tuple[str, str]] = Counter()
-        hours: defaultdict[tuple[str, str], Fraction] = defaultdict(Fraction)
-        rates: defaultdict[tuple[str, str], set[Fraction]] = defaultdict(set)
-        units: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-        for row in self.readable:
-            for name in {(channel.kind, channel.symbol) for channel in row.channels}:
-                recordings[name] += 1
-                hours[name] += row.duration / 3600
-            for channel in row.channels:
-                rates[channel.kind, channel.symbol].add(channel.rate)
-                units[channel.kind, channel.symbol].add(channel.unit)
-        return [
-            {
-                "symbol": symbol,
-                "kind": kind,
-                "recordings": recordings[kind, symbol],
-                "share": recordings[kind, symbol] / max(1, len(self.readable)),
-                "hours": float(hours[kind, symbol]),
-                "rates_hz": [float(rate) for rate in sorted(rates[kind, symbol])],
-                "units": sorted(units[kind, symbol]),
-            }
-            for kind, symbol in sorted(recordings, key=lambda name: (name[0], -recordings[name], name[1]))
-        ]
-
-    def unresolved_rows(self) -> list[dict[str, Any]]:
-        """Per label and reason: number of recordings, most frequent first."""
-        counts = Counter(item for row in self.readable for item in set(row.unresolved))
-        return [
-            {"label": label, "reason": reason, "recordings": count}
-            for (label, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        ]
-
-    def unknown_shares(self) -> dict[str, tuple[float, list[str]]]:
-        """Per corpus: share of its channels whose label nobody knows (excluded ones are known), and these labels."""
-        shares: dict[str, tuple[float, list[str]]] = {}
-        for name in self.corpora:
-            rows = [row for row in self.readable if row.corpus == name]
-            unknown = [
-                label for row in rows for label, reason in row.unresolved if not reason.startswith(KNOWN_REASONS)
-            ]
-            total = sum(len(row.channels) + len(row.unresolved) for row in rows)
-            shares[name] = (len(unknown) / max(1, total), sorted(set(unknown)))
-        return shares
-
-    def rate_rows(self) -> list[dict[str, Any]]:
-        """Per kind and native rate in Hz: number of channels."""
-        counts = Counter((channel.kind, channel.rate) for row in self.readable for channel in row.channels)
-        return [
-            {"kind": kind, "rate_hz": float(rate), "channels": count} for (kind, rate), count in sorted(counts.items())
-        ]
-
-    def unreadable_rows(self) -> list[dict[str, Any]]:
-        """Recordings that cannot be used: corpus, path, reason, message."""
-        return [
-            {"corpus": row.corpus, "path": row.path, "reason": row.reason, "message": row.message}
-            for row in self.rows
-            if row.reason
-        ]
-
-
-def _corpus_row(name: str, rows: Sequence[ScanRow], corpus: Corpus | None) -> dict[str, Any]:
-    good = [row for row in rows if not row.reason]
-    found = {
-        "subjects": len({row.subject for row in good}),
-        "recordings": len(good),
-        "hours": float(sum((row.duration for row in good), Fraction(0)) / 3600),
-    }
-    expected = corpus.expected.model_dump() if corpus else dict.fromkeys(found)
-    differs = [
-        key
-        for key, value in expected.items()
-        if value is not None and abs(found[key] - value) > (0.01 * value if key == "hours" else 0)
-    ]
-    sizes = {row.path.partition(MEMBER_MARK)[0]: row.num_bytes for row in rows}  # recordings may share a file
-    return {
-        "corpus": name,
-        **found,
-        "unreadable": len(rows) - len(good),
-        "megabytes": sum(sizes.values()) / 1e6,
-        "expected": expected,
-        "differs": differs,
-    }
 
 
 def subject_of(corpus: Corpus, path: str, root: Path | None = None) -> tuple[str, str]:
@@ -257,6 +108,7 @@ def _row(
     *,
     identified: tuple[str, int, str] | None = None,
     near: _Near | None = None,
+    survey: bool = False,
 ) -> ScanRow:
     """Row of one recording; `identified` is what `_identity_or_name` says, `near` helps with a root on a store."""
     relative = path.relative_to(root).as_posix()
@@ -281,7 +133,7 @@ def _row(
         key = near.cache.key(corpus, identity) if near and near.cache and corpus else ""
         if near and near.cache and (known := near.cache.get(key)):
             return _with_header(row, known)
-        recording = _header(path, root, corpus, reader, near)
+        recording, unmapped, label_fault = _read(path, root, corpus, reader, near=near, survey=survey)
     except RecordingError as error:
         return replace(row, reason=error.reason, message=str(error))
     except OSError as error:
@@ -298,6 +150,7 @@ def _row(
         duration=recording.duration,
         channels=tuple(
             ScanChannel(
+                label=channel.label,
                 symbol=tag.symbol,
                 kind=tag.kind,
                 rate=channel.rate,
@@ -306,6 +159,8 @@ def _row(
             for channel, tag in found
         ),
         unresolved=tuple((item.label, item.reason) for item in missed),
+        unmapped=tuple(unmapped.items()),
+        label_fault=label_fault,
     )
     if near and near.cache:
         near.cache.put(key, _plain_header(row))
@@ -316,7 +171,7 @@ def _plain_header(row: ScanRow) -> dict[str, Any]:
     """What a row tells from the header, as plain data."""
     return {
         "duration": str(row.duration),
-        "channels": [[item.symbol, item.kind, str(item.rate), item.unit] for item in row.channels],
+        "channels": [[item.label, item.symbol, item.kind, str(item.rate), item.unit] for item in row.channels],
         "unresolved": [[label, reason] for label, reason in row.unresolved],
     }
 
@@ -327,18 +182,29 @@ def _with_header(row: ScanRow, plain: Mapping[str, Any]) -> ScanRow:
         row,
         duration=Fraction(plain["duration"]),
         channels=tuple(
-            ScanChannel(symbol=symbol, kind=kind, rate=Fraction(rate), unit=unit)
-            for symbol, kind, rate, unit in plain["channels"]
+            ScanChannel(label=label, symbol=symbol, kind=kind, rate=Fraction(rate), unit=unit)
+            for label, symbol, kind, rate, unit in plain["channels"]
         ),
         unresolved=tuple((label, reason) for label, reason in plain["unresolved"]),
     )
 
 
-def _header(path: Path, root: Path, corpus: Corpus | None, reader: str, near: _Near | None) -> Recording:
+def _read(
+    path: Path, root: Path, corpus: Corpus | None, reader: str, *, near: _Near | None, survey: bool
+) -> tuple[Recording, dict[str, int], str]:
+    """Header of a recording; in a survey also annotation texts that no map lists, and why its labels are not read."""
     if corpus is None:
-        return read_header(path, reader)
-    with local_copy(path, root, corpus, work=near.folder if near else None) as (copy, _):
-        return read_header(copy, reader, corpus.layout)
+        return read_header(path, reader), {}, ""
+    with local_copy(path, root, corpus, work=near.folder if near else None) as (copy, here):
+        recording = read_header(copy, reader, corpus.layout)
+        unmapped: dict[str, int] = {}
+        try:
+            if survey:
+                unmapped = unmapped_texts(recording, corpus)
+                read_labels(recording, corpus)
+        except RecordingError as error:
+            return recording, unmapped, str(error).replace(str(here), str(root))
+        return recording, unmapped, ""
 
 
 def load_sources(sources: Iterable[Source], *, salt: bytes = b"") -> list[tuple[Corpus, Path]]:
@@ -384,6 +250,7 @@ def scan(
     output: Path | None = None,
     only: str = "",
     limits: HeaderLimits | None = None,
+    survey: bool = False,
 ) -> ScanResult:
     """Every recording of the sources, read from headers only, in the order of sources and paths.
 
@@ -394,40 +261,75 @@ def scan(
         output: Where is kept what was read of recordings on a store, so that it is read once.
         only: Path of the one recording to look at, relative to its root as in a row; empty takes all.
         limits: Of the child process that reads the headers of fragile formats.
+        survey: For a person who looks and keeps nothing: the labels are read too, the files of a local root that
+            nobody takes are counted, and recordings that belong to nobody are listed instead of refused.
 
     Raises:
-        ConfigError: A corpus or root that is missing, a path whose subject cannot be read, or no recording `only`.
+        ConfigError: A corpus or root that is missing, paths whose subject cannot be read, or no recording `only`.
     """
     loaded = load_sources(sources, salt=salt)
     has_store = any(is_remote(root) for _, root in loaded)
     cache = ScanCache(output) if output is not None and has_store else None
+    rows: list[ScanRow] = []
+    nobodys: dict[str, list[str]] = {}
+    skipped: Counter[str] = Counter()
     with guarded_headers(limits or HeaderLimits()):
-        rows = [row for corpus, root in loaded for row in _rows(corpus, root, work=work, cache=cache, only=only)]
-    if only and not rows:
+        for corpus, root in loaded:
+            paths = [path for path in corpus_files(corpus, root) if only in ("", path.relative_to(root).as_posix())]
+            lost = nobodys[corpus.id] = _nobodys(corpus, root, paths, refuse=not survey)
+            left = set(lost)
+            somebodys = [path for path in paths if path.relative_to(root).as_posix() not in left]
+            rows += _rows(corpus, root, somebodys, work=work, cache=cache, survey=survey)
+            if survey and not only and not is_remote(root):
+                skipped += left_out(corpus, root, paths)
+    if only and not rows and not any(nobodys.values()):
         raise ConfigError(
             f"--only {only}: no recording of {', '.join(corpus.id for corpus, _ in loaded)} has that path"
         )
     if cache is not None and not only:
         cache.save()
-    return ScanResult(rows=tuple(rows), corpora={corpus.id: corpus for corpus, _ in loaded})
+    corpora = {corpus.id: corpus for corpus, _ in loaded}
+    return ScanResult(rows=tuple(rows), corpora=corpora, nobodys=nobodys, skipped=skipped)
 
 
-def _rows(corpus: Corpus, root: Path, *, work: Path | None, cache: ScanCache | None, only: str) -> list[ScanRow]:
+def _nobodys(corpus: Corpus, root: Path, paths: Sequence[Path], *, refuse: bool) -> list[str]:
+    """Relative paths that the corpus' subject pattern does not match.
+
+    Raises:
+        ConfigError: There are any, and `refuse`.
+    """
+    # A file whose recordings cannot be listed belongs to nobody either; its row says what is wrong with it.
+    lost = [path for path in paths if not is_somebodys(corpus.subject, path.relative_to(root).as_posix())]
+    found = [path.relative_to(root).as_posix() for path in lost if not is_unlisted(path, corpus)]
+    if found and refuse:
+        some = ", ".join(found[:_NUM_NAMED]) + (", …" if len(found) > _NUM_NAMED else "")
+        raise ConfigError(
+            f"{corpus.id}.yaml: subject.pattern '{corpus.subject.pattern}' does not match {len(found)} of "
+            f"{len(paths)} files ({some}); widen the pattern or exclude the files"
+        )
+    return found
+
+
+def _rows(
+    corpus: Corpus, root: Path, paths: Sequence[Path], *, work: Path | None, cache: ScanCache | None, survey: bool
+) -> list[ScanRow]:
     """Rows of one corpus."""
-    paths = [path for path in corpus_files(corpus, root) if only in ("", path.relative_to(root).as_posix())]
     if not is_remote(root):
-        return [_row(path, root, corpus, corpus.reader_of(path)) for path in paths]
+        return [_row(path, root, corpus, corpus.reader_of(path), survey=survey) for path in paths]
     with local_tables(corpus, root, work=work) as (folder, tables), ThreadPoolExecutor(_NUM_REQUESTS) as pool:
         near = _Near(folder=folder, tables=tables, cache=cache)
         identities = pool.map(lambda path: _identity_or_name(path, corpus.reader_of(path), corpus), paths)
         return [
-            _row(path, root, corpus, corpus.reader_of(path), identified=identified, near=near)
+            _row(path, root, corpus, corpus.reader_of(path), identified=identified, near=near, survey=survey)
             for path, identified in zip(paths, identities, strict=True)
         ]
 
 
-def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
-    """Files that a reader recognises, without those that another one consists of (segments of a WFDB record)."""
+def _recordings_in(root: Path) -> tuple[list[tuple[Path, str]], Counter[str]]:
+    """Files that a reader recognises, without those that another one consists of (segments of a WFDB record).
+
+    The second item counts by suffix the files that are neither.
+    """
     paths = sorted(root.rglob("*")) if sniff(root) is None and root.is_dir() else [root]
     found = {
         path: reader for path in paths if (path.is_file() or path.is_dir()) and (reader := sniff(path)) is not None
@@ -435,7 +337,8 @@ def _recordings_in(root: Path) -> Iterator[tuple[Path, str]]:
     refuse_foreign_names(found, "scan")
     parts = {path: set(companions(path, reader)) - {path} for path, reader in found.items()}
     inside = {part for path, named in parts.items() for part in named if path not in parts.get(part, ())}
-    yield from ((path, reader) for path, reader in found.items() if path not in inside)
+    taken = {*found, *(part for named in parts.values() for part in named)}
+    return [item for item in found.items() if item[0] not in inside], by_suffix(set(paths) - taken, folders=taken)
 
 
 def scan_folder(root: Path) -> ScanResult:
@@ -446,5 +349,6 @@ def scan_folder(root: Path) -> ScanResult:
         raise ConfigError(f"{root}: no such file or folder; give a folder with recordings")
     base = root if root.is_dir() and sniff(root) is None else root.parent
     with guarded_headers(HeaderLimits()):
-        rows = tuple(_row(path, base, None, reader) for path, reader in _recordings_in(root))
-    return ScanResult(rows=rows, corpora={})
+        found, skipped = _recordings_in(root)
+        rows = tuple(_row(path, base, None, reader) for path, reader in found)
+    return ScanResult(rows=rows, corpora={}, skipped=skipped)

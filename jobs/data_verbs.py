@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.markup import escape
 
-from jobs import status_screen
+from jobs import scan_screen, status_screen
 from jobs.console import bytes_progress, console, hours_progress, show_table
 from manifests.config import load_config
 from manifests.errors import ConfigError
@@ -30,7 +30,7 @@ def scan(
     only: str = typer.Option("", help="Path of one recording of the corpus, as the tables and quarantine show it."),
     limit: int = typer.Option(40, help="Rows shown of each table; 0 shows all."),
 ) -> None:
-    """Show what lies in a folder, from headers only.
+    """Show what lies in a folder, from headers only; with --corpus also what the corpus file lacks.
 
     Example: kymo scan recordings/ --corpus eegmmidb
     """
@@ -42,54 +42,19 @@ def scan(
         raise ConfigError("--only: needs --corpus, which tells the recordings; without one give the file itself")
     root = location(folder)
     result = (
-        engine_scan.scan([Source(corpus=corpus, root=root)], only=only) if corpus else engine_scan.scan_folder(root)
+        engine_scan.scan([Source(corpus=corpus, root=root)], only=only, survey=True)
+        if corpus
+        else engine_scan.scan_folder(root)
     )
-    if not result.rows:
+    nobodys = [path for paths in result.nobodys.values() for path in paths]
+    if not result.rows and not nobodys:
         wanted = (
             f"files of corpus {corpus}"
             if corpus
             else "recordings of a format that tells by its content; tables and arrays need a corpus file (--corpus)"
         )
         raise ConfigError(f"{folder}: holds no {wanted}; give another folder, or a corpus file that says what they are")
-    show_scan(result.corpus_rows(), result.channel_rows(), result.rate_rows(), limit=limit)
-    unresolved = [tuple(row.values()) for row in result.unresolved_rows()]
-    _show_first(f"labels without a channel ({len(unresolved)})", ("label", "reason", "recordings"), unresolved, limit)
-    refused = [(row["path"], row["reason"], row["message"]) for row in result.unreadable_rows()]
-    _show_first(f"recordings that cannot be read ({len(refused)})", ("path", "reason", "message"), refused, limit)
-
-
-def _show_first(title: str, columns: tuple[str, ...], cells: list[tuple], limit: int) -> None:
-    """A table of the first `limit` rows (0: all), and below it how many are not shown."""
-    show_table(title, columns, cells[: limit or None])
-    if limit and len(cells) > limit:
-        console.print(f"… and {len(cells) - limit} more rows of {title.partition(' (')[0]}; --limit 0 shows all")
-
-
-def show_scan(corpora: list[dict], channels: list[dict], rates: list[dict], *, limit: int = 0) -> None:
-    """Tables of a scan: totals against what the corpus expects, channels by symbol, native rates."""
-    totals = []
-    for row in corpora:
-        differs = ", ".join(f"{key}: {row['expected'][key]} expected" for key in row["differs"])
-        name = row["corpus"] or "(no corpus)"
-        cells = (row["subjects"], row["recordings"], row["hours"], row["unreadable"], row["megabytes"])
-        totals.append((name, *cells, differs))
-    show_table("corpora", ("corpus", "subjects", "recordings", "hours", "unreadable", "MB", "differs"), totals)
-    columns = ("symbol", "kind", "recordings", "share", "hours", "rates in Hz", "units")
-    cells = [
-        (
-            row["symbol"],
-            row["kind"],
-            row["recordings"],
-            f"{row['share']:.0%}",
-            row["hours"],
-            " ".join(f"{rate:g}" for rate in row["rates_hz"]),
-            " ".join(unit or "(none)" for unit in row["units"]),
-        )
-        for row in channels
-    ]
-    _show_first("channels", columns, cells, limit)
-    by_rate = [(row["kind"], f"{row['rate_hz']:g}", row["channels"]) for row in rates]
-    _show_first("rates", ("kind", "Hz", "channels"), by_rate, limit)
+    scan_screen.show_survey(result, limit=limit, is_whole=not only)
 
 
 def plan(config: Path = ConfigPath, overrides: list[str] = Overrides) -> None:

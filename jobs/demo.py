@@ -25,9 +25,10 @@ from engine.synthetic import synthesise
 from engine.verify import verify
 from jobs.adapter_verbs import show_task_scores
 from jobs.console import console, show_table
-from jobs.data_verbs import run_conversion, show_scan
+from jobs.data_verbs import run_conversion
 from jobs.predict import open_file, stranger
 from jobs.prediction_files import PredictionFiles
+from jobs.scan_screen import show_scan
 from manifests.config import load_config
 from manifests.errors import ContractError
 from trainer.config import PretrainConfig

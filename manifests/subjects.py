@@ -189,9 +189,14 @@ def path_groups(rule: SubjectRule, path: str, *, where: str) -> dict[str, str]:
     match = re.search(rule.pattern, path)
     if match is None:
         raise ConfigError(
-            f"{where}: subject.pattern {rule.pattern!r} does not match {path!r}; widen the pattern or exclude the file"
+            f"{where}: subject.pattern '{rule.pattern}' does not match {path!r}; widen the pattern or exclude the file"
         )
     return match.groupdict("")
+
+
+def is_somebodys(rule: SubjectRule, path: str) -> bool:
+    """Whether the pattern finds a subject in a path relative to the corpus root."""
+    return re.search(rule.pattern, path) is not None
 
 
 def find_who(rule: SubjectRule, path: str, root: Path | None, *, where: str) -> Who:

@@ -15,7 +15,8 @@ from engine.annotations import Labels, read_labels
 from engine.config import Source
 from engine.read import read_header
 from engine.recording import Annotation, Recording, Segment
-from engine.scan import ScanRow, scan
+from engine.scan import scan
+from engine.scan_result import ScanRow
 from engine.windows import trial_split, window_recording
 from manifests.corpora import load_corpus
 from manifests.errors import RecordingError

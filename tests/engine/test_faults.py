@@ -16,7 +16,7 @@ from engine.convert import convert_all
 from engine.heartbeat import PROGRESS_DIR
 from engine.plan import read_plan
 from engine.sandbox import Job, guarded
-from engine.scan import ScanResult
+from engine.scan_result import ScanResult
 from engine.verify import verify
 from engine.windows import Sample
 from manifests.config import dump_yaml

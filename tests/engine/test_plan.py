@@ -6,13 +6,13 @@ import pytest
 
 from engine.config import ConvertConfig, Source
 from engine.plan import Unit, plan, plan_rows, read_plan, write_plan
-from engine.scan import ScanChannel, ScanResult, ScanRow
+from engine.scan_result import ScanChannel, ScanResult, ScanRow
 from manifests.corpora import load_corpus
 from manifests.errors import ContractError
 from manifests.recipes import load_recipe
 
 RECIPE = load_recipe("sleep128")
-CHANNELS = (ScanChannel(symbol="eeg:C3-M2", kind="eeg", rate=Fraction(256), unit="uV"),)
+CHANNELS = (ScanChannel(label="C3", symbol="eeg:C3-M2", kind="eeg", rate=Fraction(256), unit="uV"),)
 
 
 def scan_of(names: list[str]) -> ScanResult:

@@ -1,3 +1,4 @@
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,6 +56,45 @@ def test_a_path_that_belongs_to_nobody_is_refused(tiny_root: Path) -> None:
     corpus = corpus_with(subject={"pattern": "^other/(?P<subject>x)"})
     with pytest.raises(ConfigError, match=r"synthetic_psg.yaml: subject.pattern .* does not match 'psg/"):
         subject_of(corpus, "psg/sub-001/sub-001_psg.edf")
+
+
+def test_files_of_nobody_are_listed_in_a_survey_and_refused_all_at_once_else(tiny_root: Path, tmp_path: Path) -> None:
+    pattern = r"^psg/sub-(?P<subject>001)/sub-\d+_psg\.edf$"
+    path = tmp_path / "mine.yaml"
+    path.write_text(corpus_with(id="mine", subject={"pattern": pattern}).model_dump_json(), encoding="utf-8")
+    sources = [Source(corpus=str(path), root=tiny_root)]
+    others = [f"psg/sub-00{number}/sub-00{number}_psg.edf" for number in (2, 3, 4)]
+    found = scan(sources, survey=True)
+    assert [row.path for row in found.rows] == ["psg/sub-001/sub-001_psg.edf"]
+    assert found.nobodys == {"mine": others}
+    alone = scan(sources, survey=True, only=others[0])
+    assert (alone.rows, alone.nobodys) == ((), {"mine": others[:1]})
+    with pytest.raises(ConfigError) as refused:
+        scan(sources)
+    assert str(refused.value) == (
+        f"mine.yaml: subject.pattern '{pattern}' does not match 3 of 4 files ({', '.join(others)}); "
+        "widen the pattern or exclude the files"
+    )
+
+
+def test_files_that_nobody_takes_are_counted_by_suffix(tiny_root: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_root, tmp_path / "root"))
+    path = tmp_path / "mine.yaml"
+    folder = root / "psg/sub-001"
+    for name in ("sub-001_psg.txt", "sub-001_psg.TXT~", "notes.PDF", "README", "sub-001_psg-other.xml"):
+        (folder / name).write_text("W\n")
+    rule = {"source": "text_codes", "pattern": "{stem}.txt", "required": False}
+    corpus = corpus_with(id="mine", annotations=rule, exclude=["**/*.xml"])
+    path.write_text(corpus.model_dump_json(), encoding="utf-8")
+    ecg = {".hea": 3, ".dat": 3}
+    assert scan([Source(corpus=str(path), root=root)], survey=True).skipped == {
+        ".pdf": 1,
+        ".txt~": 1,
+        "no suffix": 1,
+        **ecg,
+    }
+    assert scan_folder(root).skipped == {".pdf": 1, ".txt~": 1, ".txt": 1, ".xml": 1, "no suffix": 1}
+    assert not scan_folder(folder / "sub-001_psg.edf").skipped
 
 
 def _named(*labels: str) -> Recording:
