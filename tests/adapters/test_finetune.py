@@ -212,7 +212,9 @@ def ten_trials(shared_data: Path, tmp_path: Path) -> Callable[[FinetuneConfig], 
     source.write_bytes((shared_data / "eegmmidb/S001/S001R04.edf").read_bytes())
     sources = [{"corpus": "eegmmidb", "root": str(tmp_path / "recordings"), "split": "cbramod"}]
     output = str(tmp_path / "eeg")
-    convert_all(ConvertConfig.model_validate({"output": output, "recipe": "eeg200", "sources": sources, "num_cpus": 1}))
+    convert_all(
+        ConvertConfig.model_validate({"output": output, "recipe": "eeg200_trials", "sources": sources, "num_cpus": 1})
+    )
 
     def cut(config: FinetuneConfig) -> dict[str, TaskData]:
         (item,) = load_data(config).values()

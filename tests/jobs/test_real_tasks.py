@@ -53,8 +53,8 @@ def test_fists_of_eegmmidb(load: Load) -> None:
     names = [f"{person}/{person}R04.edf" for person in ("S001", "S002", "S003")]
     found = load("motor_imagery", "eegmmidb", names, "eegmmidb")
     assert set(counts(found)) == {"train", "val", "test"}
-    assert all(count > 5 for labels in counts(found).values() for count in labels.values())
-    assert all(labelled.left_out["no label of the task"] > 10 for labelled in found.splits.values())  # rest
+    assert all(sum(labels.values()) == 15 for labels in counts(found).values())  # every trial of a run, once
+    assert all(labelled.left_out == {"no label of the task": 15} for labelled in found.splits.values())  # rest
 
 
 def test_trials_of_eegmmidb_as_mteeg_cuts_them(load: Load) -> None:
