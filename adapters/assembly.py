@@ -133,9 +133,14 @@ def task_parts(
         # One key only, since safetensors writes several in random order.
         files[roles["adapter"]] = save(tensors, {LORA_KEY: scale_text(record.lora)})
         files[roles["head"]] = save(dict(model.heads[name].state_dict()))
-        files[roles["record"]] = (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode()
+        files[roles["record"]] = record_bytes(record)
         files[roles["conformance"]] = conformance_bytes(model, record)
     return records, files
+
+
+def record_bytes(record: TaskRecord) -> bytes:
+    """Content of a record's file."""
+    return (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode()
 
 
 def _peft_config(result: AdaptResult, task: str) -> bytes:

@@ -4,7 +4,6 @@ A bundle grows without touching what it has: a new task is trained on the base w
 frozen, so the files of the other tasks stay as they are, byte by byte.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load, load_file, save
 from torch import nn
 
-from adapters.assembly import Draft, check_place, draft_of_bundle, save_files, task_parts
+from adapters.assembly import (
+    Draft,
+    base_of,
+    check_place,
+    draft_of_bundle,
+    record_bytes,
+    save_files,
+    task_parts,
+)
 from adapters.bundle import Bundle, load_base, load_bundle, save_draft
 from adapters.config import AdaptConfig
 from adapters.conformance import TOLERANCE, read_conformance
@@ -27,12 +34,14 @@ from adapters.hub import ANYBODY, Access
 from adapters.layout import BASE_CARD, SHARED_FILE, TaskRecord, read_tensors, task_files, verify_bundle
 from adapters.licences import Source, check_merge
 from adapters.model import SHARED, build_head, load_strict
+from adapters.provenance import with_corpora_told
 from adapters.train import AdaptResult
 from manifests.errors import ConfigError, ContractError
 from manifests.files import replaced_folder
 from manifests.tasks import load_task
 from trainer.export import load_encoder, read_card, save_encoder
 from trainer.models.build import Encoder
+from trainer.pretrained_on import PretrainedOn
 
 BASE_FOLDER = Path(BASE_CARD).parent
 HEAD_FILE, RECORD_FILE = "head.safetensors", "task.json"
@@ -45,7 +54,8 @@ def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access
 
     Args:
         bundle_dir: The bundle.
-        config: Tasks, steps, optimizer; `encoder` and `temporal` are set here.
+        config: Tasks, steps, optimizer; `encoder` and `temporal` are set here. An `encoder` that is the bundle's base
+            tells whom pretraining saw, which the bundle does not.
         access: The hub, for a base that is a reference.
 
     Raises:
@@ -77,7 +87,7 @@ def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access
         recipes=card.recipes,
         step=card.step,
         licence=card.licence,
-        pretrained_on=card.pretrained_on,
+        pretrained_on=_pretrained_on(Path(config.encoder), bundle.manifest.base.sha256) or card.pretrained_on,
     )
     with suppress(OSError):  # it is there already
         own.rename(folder)
@@ -85,6 +95,18 @@ def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access
     if read_card(folder) != found:
         raise ConfigError(f"{folder}: of another bundle; choose another run_dir")
     return AdaptConfig.model_validate({**config.model_dump(), "encoder": str(folder), "temporal": "frozen"})
+
+
+def _pretrained_on(encoder: Path, base_sha256: str) -> PretrainedOn | None:
+    """Whom pretraining saw, persons included, from an encoder that is the base of a bundle; None if it is another.
+
+    The card of a bundle names no persons, since it goes to strangers. The run's own folder does not.
+    """
+    if not encoder.exists():
+        return None
+    card, _ = base_of(encoder, keep_header=False)
+    is_base = base_sha256 in {card.sha256, base_of(encoder, keep_header=True)[0].sha256}
+    return read_card(encoder).pretrained_on if is_base else None
 
 
 def add_run(bundle_dir: Path | str, result: AdaptResult, directory: Path | str, *, access: Access = ANYBODY) -> Bundle:
@@ -107,7 +129,8 @@ def add_run(bundle_dir: Path | str, result: AdaptResult, directory: Path | str, 
 def add_bundle(bundle_dir: Path | str, other: Path | str, directory: Path | str, *, access: Access = ANYBODY) -> Bundle:
     """Bundle with the tasks of two that stand on the same base and the same temporal encoder.
 
-    The card is that of the first one. A task that both have byte by byte is taken once.
+    The card is that of the first one. A task that both have byte by byte is taken once. One whose bundle could not tell
+    whom pretraining saw is told where the first one can.
 
     Raises:
         ConfigError: Another base or temporal encoder, or a task of one name and other content.
@@ -124,7 +147,12 @@ def add_bundle(bundle_dir: Path | str, other: Path | str, directory: Path | str,
             f"{other}: its tasks were trained with another temporal encoder than those of {bundle_dir}; train them "
             "together, or one after the other with kymo bundle add-task"
         )
-    return save_draft(_joined(first, second.records, second.files, where=str(other)), directory, access=access)
+    records, files = dict(second.records), dict(second.files)
+    for name in records.keys() - first.records.keys():
+        told = with_corpora_told(records[name], first.encoder)
+        if told != records[name]:
+            records[name], files[task_files(name)["record"]] = told, record_bytes(told)
+    return save_draft(_joined(first, records, files, where=str(other)), directory, access=access)
 
 
 def _joined(draft: Draft, records: Mapping[str, TaskRecord], files: Mapping[str, bytes], *, where: str) -> Draft:
@@ -178,7 +206,7 @@ def merge_task(bundle_dir: Path | str, task: str, directory: Path | str, *, acce
             temporary,
             {
                 HEAD_FILE: save(dict(head.state_dict())),
-                RECORD_FILE: (json.dumps(record.model_dump(mode="json"), indent=2) + "\n").encode(),
+                RECORD_FILE: record_bytes(record),
             },
         )
         _check_logits(load_merged(temporary), bundle_dir / task_files(task)["conformance"])

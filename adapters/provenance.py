@@ -11,7 +11,7 @@ from adapters.config import AdaptConfig
 from adapters.data import TaskData
 from adapters.layout import BASE_CARD, Manifest, TaskRecord, read_record
 from adapters.licences import Source, check_publication
-from trainer.evaluation.seen import pretrain_seen, pretraining_of, sentence
+from trainer.evaluation.seen import is_apart, pretrain_seen, pretraining_of, sentence
 from trainer.export import EncoderCard, read_card
 
 SCORED = ("val", "test")
@@ -34,11 +34,22 @@ def seen_in_pretraining(card: EncoderCard, data: TaskData) -> dict[str, dict[str
         if not persons:
             continue
         seen = pretrain_seen(pretraining, pd.DataFrame(sorted(persons), columns=["corpus", "subject"]))
-        text = sentence(seen)
-        if pretraining.unknown and not pretraining.subjects:
-            seen["subjects_seen"] = None
-        found[split] = {**seen, "sentence": text}
+        found[split] = {**seen, "sentence": sentence(seen)}
     return found
+
+
+def with_corpora_told(record: TaskRecord, card: EncoderCard) -> TaskRecord:
+    """A record that does not know whom pretraining saw, told by the corpora in another card of the same base.
+
+    Where these have nothing to do with the task's nobody was seen; else the record stays as it is, with the reason.
+    """
+    pretraining = pretraining_of(card.pretrained_on)
+    seen = dict(record.data["pretrain_seen"])
+    for split, found in seen.items():
+        if found["subjects_seen"] is None and is_apart(pretraining, record.data["splits"][split]["corpora"]):
+            told = {**found, "corpora": [], "rows": [], "subjects_seen": 0, "unknown": []}
+            seen[split] = {**told, "sentence": sentence(told)}
+    return record.model_copy(update={"data": {**record.data, "pretrain_seen": seen}})
 
 
 def training_facts(config: AdaptConfig, run_dir: Path, *, kept_step: int) -> dict[str, Any]:

@@ -122,14 +122,17 @@ def add_task(
     from adapters.merge import add_bundle, add_run, plan_addition
     from jobs.adapter_verbs import show_task_scores
     from jobs.learn import learn_adapters
-    from manifests.config import load_config
+    from manifests.config import load_config, read_yaml
     from trainer.collectives import rank
 
     if source.is_dir():
         grown = add_bundle(bundle, source, out)
     else:
-        # Both are set by the plan; so a YAML needs no `encoder`, and one that was made for `kymo adapt` serves.
-        config = load_config(AdaptConfig, source, [*(overrides or ()), "encoder=of the bundle", "temporal=frozen"])
+        # A YAML needs no `encoder`; one that was made for `kymo adapt` serves, and its encoder tells whom it has seen.
+        given = [*(overrides or ()), "temporal=frozen"]
+        if not any(item.startswith("encoder=") for item in given) and "encoder" not in read_yaml(source):
+            given.append("encoder=of the bundle")
+        config = load_config(AdaptConfig, source, given)
         result = learn_adapters(plan_addition(bundle, config))
         if rank() != 0:
             return  # under torchrun one rank speaks for all

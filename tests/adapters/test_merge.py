@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.assembly import draft_of_bundle
+from adapters.assembly import draft_of_bundle, record_bytes
 from adapters.bundle import Bundle, load_bundle, save_draft, write_bundle
 from adapters.config import AdaptConfig
 from adapters.conformance import read_conformance
@@ -65,6 +65,52 @@ def test_a_new_task_leaves_those_of_the_bundle_as_they_are(bundle_dir, grown):
     assert record.provenance["settings"]["temporal"] == "frozen"
     assert load_file(grown.path / files_of("second")["adapter"])
     assert "`second`" in (grown.path / "README.md").read_text()
+
+
+def seen_in_test(bundle: Bundle) -> dict[str, int | None]:
+    """Added task to the tested persons that pretraining saw."""
+    names = bundle.records.keys() & {"second", "nights"}
+    return {name: bundle.records[name].data["pretrain_seen"]["test"]["subjects_seen"] for name in names}
+
+
+def test_whom_pretraining_saw_of_an_added_task_is_told_where_it_can_be(
+    bundle_dir, one_task, encoder_dir, snapshots, tmp_path
+):
+    """The base was pretrained on `staged`; `second` is of another corpus, `nights` of that one."""
+    task = load_bundle(bundle_dir).records["sleep_staging"].task.model_copy(update={"id": "nights"})
+    (tmp_path / "nights.yaml").write_text(dump_yaml(task.model_dump(mode="json")))
+    nights = {"task": str(tmp_path / "nights.yaml"), "snapshots": [str(snapshots["staged"])], "batch": 8}
+    tasks = [*one_task().model_dump()["tasks"], nights]
+
+    def grow(bundle: Path, name: str, encoder: str) -> Bundle:
+        config = one_task(tasks=tasks, encoder=encoder, run_dir=str(tmp_path / f"run-{name}"), eval_windows=16)
+        return add_run(bundle, adapt(plan_addition(bundle, config)), tmp_path / name)
+
+    at_home = grow(bundle_dir, "home", str(encoder_dir))
+    assert seen_in_test(at_home) == {"second": 0, "nights": 1}
+    facts = read_card(encoder_dir).pretrained_on
+    assert facts is not None
+    assert facts.subjects is not None
+    texts = [path.read_text() for path in (*at_home.path.rglob("*.json"), at_home.path / "README.md")]
+    assert not [name for name in facts.subjects["staged"] for text in texts if name in text], "a person is named"
+    # A stranger has the bundle alone, whose card names corpora.
+    abroad = grow(bundle_dir, "abroad", "absent")
+    assert seen_in_test(abroad) == {"second": 0, "nights": None}
+    reason = "Not known: the encoder's card tells how many persons of staged were in pretraining, not who."
+    assert f"test, persons that pretraining saw: {reason}" in (abroad.path / "README.md").read_text()
+    # A bundle on the same base whose card tells nothing, joined with one whose card names corpora.
+    draft = draft_of_bundle(abroad.path)
+    records, files = dict(draft.records), dict(draft.files)
+    for name in ("second", "nights"):
+        seen = records[name].data["pretrain_seen"]
+        mute = {split: {**found, "subjects_seen": None, "sentence": "Not known."} for split, found in seen.items()}
+        records[name] = records[name].model_copy(update={"data": {**records[name].data, "pretrain_seen": mute}})
+        files[files_of(name)["record"]] = record_bytes(records[name])
+    encoder = draft.encoder.model_copy(update={"pretrained_on": None})
+    save_draft(replace(draft, records=records, files=files, encoder=encoder), tmp_path / "mute")
+    joined = add_bundle(bundle_dir, tmp_path / "mute", tmp_path / "joined")
+    assert seen_in_test(joined) == {"second": 0, "nights": None}
+    assert torch.equal(logits_of(joined, "second"), logits_of(abroad, "second"))
 
 
 def test_a_plan_is_the_same_every_time_and_refuses_what_does_not_fit(bundle_dir, one_task):
