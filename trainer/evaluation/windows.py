@@ -36,7 +36,10 @@ def load_labelled(task: Task, settings: TaskEvaluation) -> tuple[Rows, dict[str,
         ContractError: A snapshot breaks its contract.
     """
     if not task.is_exclusive:
-        raise ConfigError(f"task {task.id}: several yes/no labels; an evaluation takes tasks of exclusive classes")
+        raise ConfigError(
+            f"task {task.id}: several yes/no labels; an evaluation compares tasks of exclusive classes. Train heads on "
+            "the frozen encoder with kymo adapt method=linear_probe: it scores every label, with intervals"
+        )
     left_out: Counter[str] = Counter()
     parts, snapshots = [], []
     for folder in settings.snapshots:
