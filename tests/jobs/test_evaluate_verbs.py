@@ -47,8 +47,15 @@ def test_an_encoder_is_evaluated_on_the_data_that_are_named(capsys, kymo, places
 
 def test_wrong_input_is_one_message(kymo, places, tmp_path) -> None:
     encoder, shards = places
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("objective: {}\nrun_dir: begun\n")
+    nothing = ("--data", tmp_path / "no_shards", "--tasks", "wake_deep")
     for arguments, expected in (
         ((tmp_path,), "no exported encoder"),
+        ((tmp_path / "nowhere",), "nowhere: no such folder; give the run_dir of a kymo pretrain"),
+        ((tmp_path / "nowhere", *nothing), "nowhere: no such folder; give the run_dir of a kymo pretrain"),
+        ((tmp_path / "begun", *nothing), "begun: this run has saved no encoder yet"),
+        ((encoder, *nothing), "no_shards"),
         ((encoder,), "name snapshots with --data"),
         ((encoder, "--data", shards, "--tasks", "nothing"), "nothing"),
         ((encoder, "--data", shards, "--tasks", "wake_deep", "--folds", "some"), "folds"),

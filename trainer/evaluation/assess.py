@@ -29,7 +29,7 @@ from trainer.evaluation.report import write_report
 from trainer.evaluation.scores import METRICS, compare, score_classes
 from trainer.evaluation.scratch import train_end_to_end
 from trainer.evaluation.seen import Pretraining, pretrain_seen, pretraining_of
-from trainer.evaluation.subject import Subject, find_subject
+from trainer.evaluation.subject import Subject, exported_folder, find_subject
 from trainer.evaluation.windows import Rows, describe, folder_name, load_labelled
 from trainer.pretrained_on import read_pretrained_on
 from trainer.score import score_run
@@ -119,8 +119,9 @@ def plan_tasks(
         folds: In place of the tasks' own.
 
     Raises:
-        ConfigError: Nothing is left.
+        ConfigError: There is no encoder to evaluate, which is told before anything about data; or no task is left.
     """
+    exported_folder(config.run)
     change = {} if folds is None else {"folds": folds}
     if config.tasks:
         planned = [task for task in config.tasks if not names or task.task in names]

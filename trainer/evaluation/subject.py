@@ -23,6 +23,34 @@ class Subject:
     config: PretrainConfig | None
 
 
+def exported_folder(run: Path | str) -> Path:
+    """Folder of the encoder that a run has exported, or the given one where that holds `encoder.json` itself.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    folder = Path(run)
+    for place in (folder, folder / ENCODER_FOLDER):
+        if (place / CARD_FILE).is_file():
+            return place
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; give the run_dir of a kymo pretrain, or one that holds {CARD_FILE}"
+        )
+    path = folder / "config.yaml"
+    if path.is_file() and "objective" not in read_yaml(path):
+        raise ConfigError(f"{folder}: not a pretraining run (its config.yaml has no objective); give one of those")
+    if path.is_file():
+        raise ConfigError(
+            f"{folder}: this run has saved no encoder yet, which it does with its first checkpoint; "
+            "kymo status tells how it is and the command that goes on"
+        )
+    raise ConfigError(
+        f"{folder}: no exported encoder; give the folder of a pretraining run that has saved a checkpoint, "
+        f"or one that holds {CARD_FILE}"
+    )
+
+
 def find_subject(run: Path | str) -> Subject:
     """The encoder of a run's folder, or of a folder that holds `encoder.json` itself.
 
@@ -30,16 +58,8 @@ def find_subject(run: Path | str) -> Subject:
         ConfigError: Neither, or a run that has not exported an encoder yet.
         ContractError: Weights that were changed or belong to another channel table.
     """
-    folder = Path(run)
-    exported = folder if (folder / CARD_FILE).is_file() else folder / ENCODER_FOLDER
+    folder, exported = Path(run), exported_folder(run)
     origin = folder if exported != folder else folder.parent
-    if not (exported / CARD_FILE).is_file():
-        if (folder / "config.yaml").is_file() and "objective" not in read_yaml(folder / "config.yaml"):
-            raise ConfigError(f"{folder}: not a pretraining run (its config.yaml has no objective); give one of those")
-        raise ConfigError(
-            f"{folder}: no exported encoder; give the folder of a pretraining run that has saved a checkpoint, "
-            f"or one that holds {CARD_FILE}"
-        )
     path = origin / "config.yaml"
     is_run = path.is_file() and "objective" in read_yaml(path)
     return Subject(
