@@ -211,7 +211,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a snapshot and the runs that trained on it.
 
-    Example: kymo report demo/shards/psg --run demo/runs/sleep --out report.html
+    Example: kymo report demo/shards/psg --run demo/runs/sleep --out demo/psg.html
     """
     from engine.report import write_report
     from engine.storage import is_remote, location
@@ -229,7 +229,7 @@ def preview(
 ) -> None:
     """Draw one sample: all channels with symbols, units and labels.
 
-    Example: kymo preview demo/shards/psg --out preview.png
+    Example: kymo preview demo/shards/psg --out demo/preview.png
     """
     from engine.preview import draw_sample, first_key
     from engine.storage import location

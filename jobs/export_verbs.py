@@ -17,7 +17,7 @@ def export(
 ) -> None:
     """Write the encoder or the model of a checkpoint to one safetensors file with its configuration.
 
-    Example: kymo export demo/runs/sleep sleep.safetensors --step best
+    Example: kymo export demo/runs/sleep demo/sleep.safetensors --step best
     """
     import torch
 

@@ -31,3 +31,11 @@ def test_every_configuration_that_the_readme_names_is_there() -> None:
     named = set(re.findall(r"jobs/configs/[a-z_/]+\.yaml", readme))
     assert named
     assert not [name for name in named if not (REPOSITORY / name).is_file()]
+
+
+def test_what_the_commands_of_the_readme_write_lies_in_the_ignored_folder_demo() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^kymo (?:report|preview|predict|export) .*", readme, re.MULTILINE)
+    assert len(lines) >= 5
+    assert not [line for line in lines if not re.search(r" --out demo/| export \S+ demo/", line)]
+    assert "/demo/" in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()
