@@ -17,7 +17,7 @@ POLL_S = 0.2
 
 
 def hold(path: Path, *, patience_s: float = 0.0) -> TextIO:
-    """An open file whose lock is held until it is closed.
+    """An open file whose lock is held until it is closed, modified when that began.
 
     Args:
         path: Lock file; made with its folder when missing.
@@ -39,6 +39,7 @@ def hold(path: Path, *, patience_s: float = 0.0) -> TextIO:
                 raise ConfigError(message) from None
             time.sleep(POLL_S)
         else:
+            os.utime(path)
             return file
 
 

@@ -1,5 +1,6 @@
 """How a pretraining run is, read from its folder while it trains or after it ended. Loads without torch."""
 
+import shlex
 import socket
 import statistics
 import time
@@ -18,7 +19,7 @@ from trainer.metrics import read_metrics
 from trainer.mirror import newest_stored
 from trainer.paths import CONFIG_FILE, LAUNCH_LOCK_FILE, read_skipped
 from trainer.storage import answering, is_remote, location
-from trainer.watchdog import BEAT_S, ENDED, Heartbeat, read_heartbeat
+from trainer.watchdog import BEAT_S, ENDED, RAY, Heartbeat, read_heartbeat
 
 STATES = (
     *("starting", "training", "evaluating", "saving", "stalled", "restarting"),
@@ -126,7 +127,7 @@ def run_status(run_dir: Path) -> RunStatus:
         spikes=sum("loss_spike" in r for r in rows),
         evaluation=next((values for values in reversed(evaluations) if values), {}),
         heartbeat=beat,
-        resume=f"kymo pretrain {run_dir / CONFIG_FILE}",
+        resume=_resume(run_dir, config, beat),
     )
 
 
@@ -148,6 +149,8 @@ def _state(
     if beat is None:
         is_done = bool(rows) and rows[-1]["step"] >= steps
         return ("starting" if is_driven else "finished" if is_done else "stopped"), ""
+    if is_driven and (run_dir / LAUNCH_LOCK_FILE).stat().st_mtime > beat.time:
+        return "starting", ""  # its workers have not said anything yet
     if beat.state in ENDED:
         if beat.state == "finished" and beat.step < steps:
             return "stopped", f"it was finished at step {beat.step}, and steps has been raised since"
@@ -161,6 +164,21 @@ def _state(
     if beat.state == "training" and busy_s > max(_STALL_S, _STALL_FACTOR * usual_s):
         return "stalled", f"no step for {busy_s:.0f} s, {usual_s:.2g} s are usual"
     return beat.state, ""
+
+
+def _resume(run_dir: Path, config: Mapping[str, Any], beat: Heartbeat | None) -> str:
+    """The command that goes on the way that the run was carried out; a run that tells nothing goes on under Ray."""
+    file, place = run_dir / CONFIG_FILE, ""
+    told, here = Path(config["run_dir"]), Path(run_dir).absolute()
+    depth = len(told.parts)
+    if not is_remote(run_dir) and told.absolute() != here and here.parts[-depth:] == told.parts:
+        # Its paths are relative to where it was started.
+        file, place = told / CONFIG_FILE, f"cd {shlex.quote(str(Path(*here.parts[:-depth])))} && "
+    config_file = shlex.quote(str(file))
+    if beat is None or beat.launcher == RAY:
+        return f"{place}kymo pretrain {config_file}"
+    words = f"{beat.launcher} -m jobs.cli" if beat.launcher else "kymo"
+    return f"{place}{words} pretrain {config_file} --no-ray"
 
 
 def _seconds_per_step(rows: Sequence[Mapping[str, float]]) -> list[float]:

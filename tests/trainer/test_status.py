@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import shutil
@@ -13,9 +12,11 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from manifests.config import dump_yaml, read_yaml
 from manifests.errors import ConfigError
 from trainer.config import PretrainConfig
 from trainer.loop import pretrain
+from trainer.lock import hold
 from trainer.paths import HEARTBEAT_FILE, LAUNCH_LOCK_FILE
 from trainer.status import is_run, run_status, watch
 from trainer.storage import location
@@ -111,8 +112,8 @@ def test_a_process_that_is_gone_has_died_and_that_of_another_machine_when_it_is_
 
 def test_a_driver_that_lives_will_start_dead_workers_again(run: Path) -> None:
     beat(run, time=time.time() - 90)
-    with (run / LAUNCH_LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(run / LAUNCH_LOCK_FILE):
+        os.utime(run / LAUNCH_LOCK_FILE, (0, time.time() - 200))
         assert run_status(run).state == "restarting"
         beat(run, state="failed", message="why")
         assert run_status(run).state == "restarting"
@@ -120,12 +121,41 @@ def test_a_driver_that_lives_will_start_dead_workers_again(run: Path) -> None:
     assert (state.state, state.reason) == ("failed", "why")
 
 
+def test_a_run_whose_driver_has_just_been_started_again_is_starting_whatever_it_said_before(run: Path) -> None:
+    beat(run, state="stopped", time=time.time() - 90)
+    assert run_status(run).state == "stopped"
+    with hold(run / LAUNCH_LOCK_FILE):
+        assert run_status(run).state == "starting"
+        beat(run)
+        assert run_status(run).state == "training"
+
+
 def test_more_steps_than_it_was_finished_with_make_it_a_stopped_run(run: Path) -> None:
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("steps: 8", "steps: 20"))
     state = run_status(run)
     assert (state.state, state.steps) == ("stopped", 20)
-    assert state.resume == f"kymo pretrain {path}"
+    assert state.resume == f"kymo pretrain {path} --no-ray"
+
+
+def test_the_command_that_goes_on_is_that_of_how_the_run_was_carried_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run / "config.yaml"
+    beat(run, launcher="ray")
+    assert run_status(run).resume == f"kymo pretrain {path}"
+    beat(run, launcher="torchrun --nproc-per-node 2")
+    assert run_status(run).resume == f"torchrun --nproc-per-node 2 -m jobs.cli pretrain {path} --no-ray"
+    (run / HEARTBEAT_FILE).unlink()
+    assert run_status(run).resume == f"kymo pretrain {path}"
+    # A run that was started with a relative folder goes on from where it was started.
+    config = read_yaml(path)
+    path.write_text(dump_yaml({**config, "run_dir": "run"}))
+    beat(run)
+    assert run_status(run).resume == f"cd {tmp_path} && kymo pretrain run/config.yaml --no-ray"
+    monkeypatch.chdir(tmp_path)
+    assert run_status(Path("run")).resume == "kymo pretrain run/config.yaml --no-ray"
+    assert run_status(run).resume == f"kymo pretrain {path} --no-ray"
 
 
 def test_a_run_without_a_heartbeat_of_an_earlier_kymo(run: Path) -> None:
