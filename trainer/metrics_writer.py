@@ -5,14 +5,15 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.utils.tensorboard import SummaryWriter
 
 from manifests.config import write_atomically
 from trainer.metrics import describe, read_metrics
-from trainer.paths import METRICS_FILE, TENSORBOARD_FOLDER
+from trainer.paths import EVENT_FILES, METRICS_FILE, TENSORBOARD_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class MetricsWriter:
 
     Args:
         run_dir: Folder of the run.
-        step: Where the run goes on; rows of later steps, which will come again, are cut off.
+        step: Where the run goes on; rows of later steps, which will come again, are cut off. Where there are rows but
+            no curves, as on another machine, those of the rows are drawn first.
         steps: Last step of the run, for the ETA.
         is_active: Rank 0 writes.
     """
@@ -41,7 +43,10 @@ class MetricsWriter:
         path = run_dir / METRICS_FILE
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=step + 1)
+        folder = run_dir / TENSORBOARD_FOLDER
+        if kept and not any(folder.glob(EVENT_FILES)):
+            _draw(kept, folder)
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append the row of a step: `values`, ETA and the time of day.
@@ -60,9 +65,7 @@ class MetricsWriter:
         row["time"] = round(time.time(), 3)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name not in NO_CURVE:
-                self._board.add_scalar(name, value, step)
+        _add(self._board, row)
         logger.info("%s", describe(row, steps=self._steps))
 
     def close(self) -> None:
@@ -70,3 +73,20 @@ class MetricsWriter:
         if self._is_active:
             self._file.close()
             self._board.close()
+
+
+def _draw(rows: Iterable[Mapping[str, float]], folder: Path) -> None:
+    """Curves of rows, put in place as a whole: half of them would pass for all after a crash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as name:
+        with SummaryWriter(name) as board:
+            for row in rows:
+                _add(board, row)
+        for file in Path(name).iterdir():
+            write_atomically(folder / file.name, file.read_bytes())
+
+
+def _add(board: SummaryWriter, row: Mapping[str, float]) -> None:
+    for name, value in row.items():
+        if name not in NO_CURVE:
+            board.add_scalar(name, value, int(row["step"]), walltime=row["time"])

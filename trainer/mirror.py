@@ -11,7 +11,15 @@ from typing import Any
 
 from manifests.config import write_atomically
 from trainer.metrics import read_metrics
-from trainer.paths import CHECKPOINT_FOLDER, CONFIG_FILE, METRICS_FILE, SKIPPED_FILE, read_skipped
+from trainer.paths import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    EVENT_FILES,
+    METRICS_FILE,
+    SKIPPED_FILE,
+    TENSORBOARD_FOLDER,
+    read_skipped,
+)
 from trainer.storage import is_remote, names_below, names_in
 
 MANIFEST_FILE = "MANIFEST.json"  # of a checkpoint, written last
@@ -31,7 +39,10 @@ def send(run_dir: Path, store: Path) -> None:
 
 
 def fetch(run_dir: Path, store: Path) -> None:
-    """Put the rows of the store before those of the run folder, which keeps its own where they go on."""
+    """Put the rows of the store before those of the run folder, which keeps its own where they go on.
+
+    Curves of rows that change are deleted; `trainer.metrics_writer` draws them anew.
+    """
     readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
         METRICS_FILE: read_metrics,
         SKIPPED_FILE: read_skipped,
@@ -41,8 +52,12 @@ def fetch(run_dir: Path, store: Path) -> None:
         if not stored:
             continue
         rows = [*stored, *(row for row in own if row["step"] > stored[-1]["step"])]
-        if rows != own:
-            write_atomically(run_dir / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if rows == own:
+            continue
+        if name == METRICS_FILE:  # before the rows: after a crash they still differ
+            for file in (run_dir / TENSORBOARD_FOLDER).glob(EVENT_FILES):
+                file.unlink()
+        write_atomically(run_dir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def newest_stored(store: Path) -> tuple[str, float] | None:

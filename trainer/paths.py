@@ -10,6 +10,7 @@ from manifests.files import read_at_once
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+EVENT_FILES = "events.out.tfevents.*"  # in it, as TensorBoard names them
 CHECKPOINT_FOLDER = "checkpoints"
 ENCODER_FOLDER = "encoder"
 SKIPPED_FILE = "skipped.jsonl"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from upath import UPath
 
 from manifests.errors import ConfigError, ContractError
@@ -230,6 +231,8 @@ def test_a_fresh_machine_that_has_only_the_store_goes_on(tiny_config: MakeConfig
     losses = [[(row["step"], row["loss"]) for row in read_metrics(run.run_dir)] for run in (there, full)]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, 9))
+    curve = EventAccumulator(str(tmp_path / "there" / "tensorboard")).Reload().Scalars("loss")
+    assert [(item.step, item.value) for item in curve] == [(step, pytest.approx(loss)) for step, loss in losses[0]]
     assert str(result.checkpoint).startswith(storage)
     assert result.encoder.is_dir()
     # And one that is asked for another run in the same place refuses by key.

@@ -2,9 +2,11 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import metrics_writer
 from trainer.metrics import read_metrics
@@ -46,11 +48,28 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def curves_of(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir / "tensorboard")).Reload()
 
+
+def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
     write(MetricsWriter(tmp_path, step=0, steps=10), range(1, 4))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = curves_of(tmp_path)
     assert next((item.step, item.value) for item in events.Scalars("loss")) == (1, 1.0)
     assert "time" not in events.Tags()["scalars"]
+
+
+def test_where_only_the_rows_came_the_curves_begin_at_the_first_step(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(MetricsWriter(here, step=0, steps=10), range(1, 8))
+    there.mkdir()
+    shutil.copy(here / "metrics.jsonl", there)
+    for step in (5, 8):  # the second start finds curves, and draws nothing twice
+        write(MetricsWriter(there, step=step, steps=10), range(step + 1, step + 4))
+    rows = read_metrics(there)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    for name in ("loss", "windows_per_s"):
+        curve = curves_of(there).Scalars(name)
+        assert [(item.step, item.wall_time) for item in curve] == [(row["step"], row["time"]) for row in rows]
+        assert [item.value for item in curve] == pytest.approx([row[name] for row in rows])
+    assert curves_of(there).Tags()["scalars"] == curves_of(here).Tags()["scalars"]

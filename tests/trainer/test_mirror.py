@@ -36,6 +36,19 @@ def test_the_rows_of_the_store_come_first(
     assert rows_of(tmp_path / "run") == expected
 
 
+@pytest.mark.parametrize(("own", "stays"), [([(1, 0.9), (2, 0.8)], True), ([(1, 0.9), (2, 0.1)], False)])
+def test_curves_of_rows_that_another_machine_replaced_are_deleted(
+    tmp_path: Path, own: list[tuple[int, float]], *, stays: bool
+) -> None:
+    write_rows(tmp_path / "store", [(1, 0.9), (2, 0.8)])
+    write_rows(tmp_path / "run", own)
+    curves = tmp_path / "run" / "tensorboard" / "events.out.tfevents.1.host.2.3"
+    curves.parent.mkdir()
+    curves.touch()
+    fetch(tmp_path / "run", tmp_path / "store")
+    assert curves.exists() == stays
+
+
 def test_a_store_without_rows_changes_nothing(tmp_path: Path) -> None:
     write_rows(tmp_path / "run", [(1, 0.9)])
     (tmp_path / "store").mkdir()
