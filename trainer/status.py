@@ -146,11 +146,10 @@ def _state(
     run_dir: Path, beat: Heartbeat | None, rows: Sequence[Mapping[str, float]], *, steps: int, now: float
 ) -> tuple[str, str]:
     is_driven = is_held(run_dir / LAUNCH_LOCK_FILE)
+    if is_driven and (beat is None or (run_dir / LAUNCH_LOCK_FILE).stat().st_mtime > beat.time):
+        return "starting", ""  # the workers of this start have not said anything yet
     if beat is None:
-        is_done = bool(rows) and rows[-1]["step"] >= steps
-        return ("starting" if is_driven else "finished" if is_done else "stopped"), ""
-    if is_driven and (run_dir / LAUNCH_LOCK_FILE).stat().st_mtime > beat.time:
-        return "starting", ""  # its workers have not said anything yet
+        return ("finished" if rows and rows[-1]["step"] >= steps else "stopped"), ""
     if beat.state in ENDED:
         if beat.state == "finished" and beat.step < steps:
             return "stopped", f"it was finished at step {beat.step}, and steps has been raised since"

@@ -15,8 +15,8 @@ from upath import UPath
 from manifests.config import dump_yaml, read_yaml
 from manifests.errors import ConfigError
 from trainer.config import PretrainConfig
-from trainer.loop import pretrain
 from trainer.lock import hold
+from trainer.loop import pretrain
 from trainer.paths import HEARTBEAT_FILE, LAUNCH_LOCK_FILE
 from trainer.status import is_run, run_status, watch
 from trainer.storage import location
