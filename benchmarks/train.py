@@ -35,7 +35,7 @@ from trainer.objectives.build import build_objective
 from trainer.read import SnapshotReader
 from trainer.samples import load_streams
 from trainer.tiny import write_tiny_snapshot
-from trainer.zero import initialise, join_processes, learning_rate, set_learning_rate, train_step
+from trainer.zero import as_carried_out, initialise, join_processes, learning_rate, set_learning_rate, train_step
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 CHANNELS = {
@@ -77,7 +77,7 @@ def make_objective(config: PretrainConfig) -> Any:
 
 def loop_steps(config: PretrainConfig, objective: Any) -> Generator[Step, None, None]:
     """Steps as `trainer.loop` does them, data and DeepSpeed included."""
-    model = initialise(objective, config)
+    model = initialise(objective, as_carried_out(config))
     streams = load_streams(config.snapshots, split="train", keep=config.filter)
     order = Order(streams, seed=config.seed, global_batch=config.global_batch)
     reader = SnapshotReader(streams, num_threads=config.read_threads, prefetch=config.prefetch)
@@ -164,7 +164,6 @@ def measure_on_cuda(folder: Path) -> None:
                 f"compile={compiled}",
                 "encoder.checkpoint_blocks=false",
                 "precision=bf16",
-                "zero_stage=1",
             ),
         )
         objective = make_objective(config)

@@ -37,7 +37,7 @@ from trainer.samples import Stream, load_streams, open_snapshot
 from trainer.saver import Saver
 from trainer.storage import answering
 from trainer.watchdog import Watchdog
-from trainer.zero import initialise
+from trainer.zero import as_carried_out, initialise
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Run:
         self.fence = fence
         torch.manual_seed(config.seed)
         self.objective = build_objective(build_encoder(config.encoder), config.objective)
-        self.model = initialise(self.objective, config)
+        self.model = initialise(self.objective, as_carried_out(config))
         self.order = mixed_order(
             streams,
             seed=config.seed,
@@ -159,7 +159,7 @@ class Run:
     def advance(
         self,
         metrics: dict[str, torch.Tensor],
-        norm: float | None,
+        norm: float,
         *,
         batch: StepBatch,
         seconds: float,
@@ -179,7 +179,7 @@ class Run:
         """
         step = self.progress.step + 1
         loss = float(metrics["loss"])
-        is_skipped = not (math.isfinite(loss) and (norm is None or math.isfinite(norm)))
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if is_skipped:
             self._note_skipped(step, loss, norm)
         elif (sigma := self.meter.spike(loss)) is not None and rank() == 0:
@@ -195,7 +195,7 @@ class Run:
         self.meter.add(seconds=seconds, data_s=data_s, signal_s=batch.signal_s, flops=batch.flops)
         self.watchdog.mark("training", step)
 
-    def _note_skipped(self, step: int, loss: float, norm: float | None) -> None:
+    def _note_skipped(self, step: int, loss: float, norm: float) -> None:
         """Write the batch of a step that was not taken to `skipped.jsonl`; the same on all ranks."""
         path = self.run_dir / SKIPPED_FILE
         if rank() == 0:
@@ -231,7 +231,7 @@ class Run:
         self._evaluated_at = self.progress.step
         self.evaluation = self._fresh_evaluation = {f"eval_{name}": value for name, value in values.items()}
 
-    def log(self, metrics: dict[str, torch.Tensor], *, lr: float, grad_norm: float | None) -> None:
+    def log(self, metrics: dict[str, torch.Tensor], *, lr: float, grad_norm: float) -> None:
         """Write the row of the step that was just done. A collective."""
         values: dict[str, float | None] = {"loss": self.progress.loss, "lr": lr, "grad_norm": grad_norm}
         values |= {name: float(value) for name, value in metrics.items() if name != "loss"}

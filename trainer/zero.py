@@ -3,8 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +28,8 @@ from trainer.process_group import join_group
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+# Gradients that ZeRO averages at once: DeepSpeed's own default, 2 GB.
+MAX_BUCKET = 500_000_000
 # Names of parameters that never decay, whatever their shape (beside all of one dimension).
 NO_DECAY = ("temperature", "log_scale", "logit_scale")
 
@@ -71,7 +73,7 @@ def deepspeed_dict(config: PretrainConfig) -> dict[str, Any]:
         stage=config.zero_stage,
         micro_batch=micro_batch,
         accumulation=config.gradient_accumulation,
-        clipping=config.gradient_clipping,
+        clipping=config.gradient_clipping if config.zero_stage > 0 else 0.0,  # else `ClippingAdamW` does it
         is_bf16=is_bf16(config),
     )
 
@@ -107,12 +109,27 @@ def initialise(objective: nn.Module, config: PretrainConfig) -> Any:
     torch.set_num_threads(config.num_threads)
     if config.compile:
         _compile_parts(objective)
-    return wrap(objective, _adamw(objective, config.optimizer), settings=deepspeed_dict(config))
+    return wrap(objective, _adamw(objective, config), settings=deepspeed_dict(config))
+
+
+def as_carried_out(config: PretrainConfig) -> PretrainConfig:
+    """The configuration on as many ranks as there are: one alone has nobody to share with and takes ZeRO's stage 0.
+
+    The numbers are the same up to the order of summation. The stages above keep the weights twice and copy every
+    gradient five times, also where nothing is sent.
+    """
+    return config if world_size() > 1 else config.model_copy(update={"zero_stage": 0})
 
 
 def wrap(module: nn.Module, optimizer: torch.optim.Optimizer, *, settings: dict[str, Any]) -> Any:
     """A module under DeepSpeed with the given optimizer and settings (`zero_settings`)."""
-    model, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    # DeepSpeed takes memory for a whole bucket in every step, however small the model is.
+    zero = settings["zero_optimization"] | {"reduce_bucket_size": min(num_trained, MAX_BUCKET)}
+    config = settings | {"zero_optimization": zero}
+    model, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if world_size() == 1 and model.zero_optimization_stage() == 0:
+        model.enable_backward_allreduce = False  # it would copy every gradient to and fro
     return model
 
 
@@ -146,21 +163,56 @@ def _compile_parts(objective: nn.Module) -> None:
             part.compile(dynamic=True)
 
 
-def _adamw(objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW as ZeRO's stages step: gradients are clipped, and one that is not finite changes nothing.
+
+    Parameters without a gradient take part with zeros: they must not differ between ranks, nor between stages.
+
+    Args:
+        groups: As for AdamW, with their settings.
+        max_norm: What the norm over all parameters is clipped to; 0 clips nothing.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._max_norm = max_norm
+        self._global_grad_norm: torch.Tensor | None = None  # DeepSpeed takes it from an attribute of this name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Clip and step."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        is_finite = bool(norm.isfinite())
+        self._global_grad_norm = norm if is_finite else norm.new_tensor(math.inf)  # as ZeRO tells it
+        if not is_finite:
+            return
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        super().step(closure)
+
+
+def _adamw(objective: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
     """AdamW of torch: DeepSpeed's own is compiled at first use."""
+    settings = config.optimizer
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
             (others if is_plain else decaying).append(parameter)
-    groups = [
-        {"params": decaying, "weight_decay": config.weight_decay},
+    both = [
+        {"params": decaying, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
-    )
+    groups = [group for group in both if group["params"]]
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if config.zero_stage > 0:  # they clip and skip by themselves
+        return torch.optim.AdamW(groups, **common)
+    return ClippingAdamW(groups, max_norm=config.gradient_clipping, **common)
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, steps: int) -> float:
@@ -182,39 +234,22 @@ def set_learning_rate(model: Any, value: float) -> None:
 
 def train_step(
     model: Any, batches: Sequence[Any], *, cached_gradients: bool = False
-) -> tuple[dict[str, torch.Tensor], float | None]:
+) -> tuple[dict[str, torch.Tensor], float]:
     """Metrics (mean over the micro-batches) and gradient norm before clipping of one optimizer step.
 
     A step whose loss or gradient is not finite changes neither parameters nor moments; its norm is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
-    norm: Any = None
     for loss, metrics in (cached_losses if cached_gradients else plain_losses)(model, batches):
         # A loss that is no number makes every gradient one, also where its own would have been finite: then the
-        # norm, which all ranks share and ZeRO looks at before it steps, tells without another transfer.
+        # norm, which all ranks share and which is looked at before a step, tells without another transfer.
         poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
         model.backward(loss * poison)  # never loss.backward(): with two forward passes it is silently wrong
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-        if model.is_gradient_accumulation_boundary() and model.zero_optimization_stage() == 0:
-            # Here the gradients are whole, and the step clears them.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.module.parameters() if p.grad is not None])
-        with _no_update(model) if norm is not None and not norm.isfinite() else nullcontext():
-            model.step()
-    if norm is None:
-        norm = model.get_global_grad_norm()
+        model.step()
     means = {name: value / len(batches) for name, value in sums.items()}
-    return means, None if norm is None else float(norm)
-
-
-@contextmanager
-def _no_update(model: Any) -> Iterator[None]:
-    """`model.step()` counts and clears gradients and leaves the parameters; ZeRO does the same by itself."""
-    model.optimizer.step = lambda: None  # hides the method
-    try:
-        yield
-    finally:
-        del model.optimizer.step
+    return means, float(model.get_global_grad_norm())
 
 
 def gathered(model: Any, parameters: list[nn.Parameter], *, is_written: bool = False) -> Any:

@@ -14,6 +14,7 @@ from trainer.metrics import read_metrics
 MakeConfig = Callable[..., PretrainConfig]
 
 
+@pytest.mark.usefixtures("zero_alone")
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_a_compiled_run_has_the_losses_and_names_of_an_eager_one(
     stage: int, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch

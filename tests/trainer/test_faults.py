@@ -52,6 +52,7 @@ def rows_of(config: PretrainConfig) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["skipped"]) for row in read_metrics(config.run_dir)]
 
 
+@pytest.mark.usefixtures("zero_alone")
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_step_without_a_finite_loss_changes_nothing_at_any_stage(
     zero_stage: int, tiny_config: MakeConfig, nan_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch

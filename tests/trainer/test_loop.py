@@ -186,6 +186,7 @@ def test_another_snapshot_at_the_same_path_is_refused(tiny_config: MakeConfig, t
         pretrain(tiny_config(**source))
 
 
+@pytest.mark.usefixtures("zero_alone")
 def test_accumulated_micro_batches_resume_too(tiny_config: MakeConfig) -> None:
     pretrain(tiny_config("full", gradient_accumulation=2, precision="bf16", zero_stage=2))
     pretrain(tiny_config(gradient_accumulation=2, precision="bf16", zero_stage=2, stop_at=4))

@@ -6,8 +6,17 @@ import torch
 from torch import nn
 
 from manifests.errors import ConfigError
+from trainer import zero
 from trainer.config import OptimizerConfig, PretrainConfig
-from trainer.zero import deepspeed_dict, gathered, initialise, join_processes, learning_rate, train_step
+from trainer.zero import (
+    as_carried_out,
+    deepspeed_dict,
+    gathered,
+    initialise,
+    join_processes,
+    learning_rate,
+    train_step,
+)
 
 
 def config(**changes: object) -> PretrainConfig:
@@ -107,6 +116,37 @@ def test_clipping_and_accumulation_are_those_of_torch(stage: int, parts: int, cl
     with gathered(model, list(parameters.values())):
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(parameters[name].detach(), parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_only_one_rank_takes_stage_0_whatever_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(zero_stage=2)
+    assert as_carried_out(asked) == asked.model_copy(update={"zero_stage": 0})
+    monkeypatch.setattr(zero, "world_size", lambda: 2)
+    assert as_carried_out(asked) == asked
+
+
+class PartlyUsed(Regression):
+    """A weight that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_weight_without_a_gradient_decays_at_every_stage(stage: int) -> None:
+    join_processes("auto")
+    model = initialise(PartlyUsed(), config(zero_stage=stage, optimizer={"lr": 0.1, "weight_decay": 0.5}))
+    for step in range(2):
+        train_step(model, [torch.randn(6, 3, generator=torch.Generator().manual_seed(step))])
+    torch.testing.assert_close(model.module.unused.detach(), torch.full((2, 2), (1 - 0.1 * 0.5) ** 2))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bucket_of_gradients_is_no_larger_than_the_model(stage: int) -> None:
+    join_processes("auto")
+    model = initialise(Regression(), config(zero_stage=stage))
+    assert model.zero_reduce_bucket_size() == 3 * 8 + 8 + 8 + 1
 
 
 def test_the_dict_follows_the_configuration() -> None:
