@@ -151,9 +151,7 @@ def _state(
     if beat is None:
         return ("finished" if rows and rows[-1]["step"] >= steps else "stopped"), ""
     if beat.state in ENDED:
-        if beat.state == "finished" and beat.step < steps:
-            return "stopped", f"it was finished at step {beat.step}, and steps has been raised since"
-        return ("restarting" if is_driven and beat.state == "failed" else beat.state), beat.message
+        return _ended(beat, steps=steps, is_driven=is_driven)
     silent_s = now - beat.time
     if silent_s > _SILENT_S or (beat.host == socket.gethostname() and not psutil.pid_exists(beat.pid)):
         reason = f"process {beat.pid} on {beat.host} was last heard of at step {beat.step}, {silent_s:.0f} s ago"
@@ -163,6 +161,12 @@ def _state(
     if beat.state == "training" and busy_s > max(_STALL_S, _STALL_FACTOR * usual_s):
         return "stalled", f"no step for {busy_s:.0f} s, {usual_s:.2g} s are usual"
     return beat.state, ""
+
+
+def _ended(beat: Heartbeat, *, steps: int, is_driven: bool) -> tuple[str, str]:
+    if beat.state == "finished" and beat.step < steps:
+        return "stopped", f"it was finished at step {beat.step}, and steps has been raised since"
+    return ("restarting" if is_driven and beat.state == "failed" else beat.state), beat.message
 
 
 def _resume(run_dir: Path, config: Mapping[str, Any], beat: Heartbeat | None) -> str:
