@@ -36,6 +36,7 @@ from trainer.metrics import describe, read_metrics
 from trainer.paths import LAUNCH_LOCK_FILE, METRICS_FILE, STOP_FILE, WORKERS_FOLDER
 from trainer.run_folder import PretrainResult, check_run, read_result
 from trainer.storage import StoreError, location
+from trainer.watchdog import RAY
 from trainer.worker_logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,8 @@ def train_on_worker(plain: dict[str, Any]) -> None:
         if "ray/train" in name:  # the logger that writes a line for every report is named after its file
             logging.getLogger(name).setLevel(logging.WARNING)
     with marked_worker(Path(config.run_dir)):
-        pretrain(config, report=ray.train.report, notice=_Notice() if plain["has_notice"] else None)
+        notice = _Notice() if plain["has_notice"] else None
+        pretrain(config, report=ray.train.report, notice=notice, launcher=RAY)
 
 
 @contextmanager

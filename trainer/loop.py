@@ -16,6 +16,7 @@ import torch
 from trainer.checkpoint_store import claim_attempt
 from trainer.collectives import explained_timeouts, rank, world_size
 from trainer.config import PretrainConfig
+from trainer.process_group import torchrun_words
 from trainer.run import Report, Run
 from trainer.run_folder import PretrainResult, check_run, checkpoint_folder, open_run
 from trainer.stopper import Stopper
@@ -26,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(
-    config: PretrainConfig, *, report: Report | None = None, notice: Callable[[], bool] | None = None
+    config: PretrainConfig,
+    *,
+    report: Report | None = None,
+    notice: Callable[[], bool] | None = None,
+    launcher: str | None = None,
 ) -> PretrainResult:
     """Train until `config.steps`, from the newest valid checkpoint in `config.run_dir` if there is one.
 
@@ -35,6 +40,8 @@ def pretrain(
         report: Called on every rank after each checkpoint, with step and loss.
         notice: Asked on all ranks together every few seconds; True, on all of them, asks for a checkpoint now,
             because a machine goes away soon.
+        launcher: `trainer.watchdog.RAY`, or None: torchrun if the environment tells of it, else this process alone.
+            `kymo status` makes of it the command that goes on.
 
     Raises:
         ConfigError: A value cannot be used, or `run_dir` holds a run with another configuration.
@@ -45,9 +52,13 @@ def pretrain(
     streams = check_run(config)
     with explained_timeouts(config.collective_timeout_s), open_run(run_dir, config):
         fence = claim_attempt(checkpoint_folder(config))
-        hang_timeout_s = config.faults.hang_timeout_s
         with Watchdog(
-            run_dir, rank=rank(), world_size=world_size(), attempt=fence.attempt, hang_timeout_s=hang_timeout_s
+            run_dir,
+            rank=rank(),
+            world_size=world_size(),
+            attempt=fence.attempt,
+            hang_timeout_s=config.faults.hang_timeout_s,
+            launcher=torchrun_words() if launcher is None else launcher,
         ) as watchdog:
             run = Run(config, streams, watchdog=watchdog, fence=fence)
             try:

@@ -1,6 +1,7 @@
 """torch's process group: joined from what Ray Train made or what torchrun tells, left when the process ends."""
 
 import atexit
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +19,22 @@ ResultT = TypeVar("ResultT")
 def is_launched() -> bool:
     """Whether this process is a rank of a group: of Ray Train's, or of one that torchrun tells of."""
     return distributed.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def torchrun_words() -> str:
+    """The words that start these ranks once more, empty where torchrun did not start them.
+
+    >>> torchrun_words()
+    'torchrun --nproc-per-node 4'
+    """
+    if not distributed.is_torchelastic_launched():
+        return ""
+    local, world = os.environ["LOCAL_WORLD_SIZE"], os.environ["WORLD_SIZE"]
+    if local == world:
+        return f"torchrun --nproc-per-node {local}"
+    nodes = math.ceil(int(world) / int(local))
+    endpoint = f"--rdzv-backend c10d --rdzv-endpoint {os.environ['MASTER_ADDR']}"
+    return f"torchrun --nnodes {nodes} {endpoint} --nproc-per-node {local}"
 
 
 def join_group(backend: str, *, timeout_s: float = 900.0) -> str:

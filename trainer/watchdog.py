@@ -25,6 +25,7 @@ HANG_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed
 _STANDSTILL = 4  # beats
 _START_FACTOR = 5.0  # reading a checkpoint, compiling, the first step
 _GIL_GRACE_S = 30.0  # then not even this thread came to run, and faulthandler's own thread ends the process
+RAY = "ray"  # as a launcher
 ENDED = frozenset({"finished", "stopped", "failed"})
 
 
@@ -45,6 +46,7 @@ class Heartbeat(BaseModel):
         pid: Its process id there.
         checkpoint: Name of the last checkpoint that this start has committed, or nothing.
         checkpoint_time: When that was, s of the wall clock.
+        launcher: `RAY`, or the words of torchrun, or nothing for a process alone.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -61,6 +63,7 @@ class Heartbeat(BaseModel):
     pid: int
     checkpoint: str = ""
     checkpoint_time: float = 0.0
+    launcher: str = ""
 
 
 def read_heartbeat(run_dir: Path) -> Heartbeat | None:
@@ -80,6 +83,7 @@ class Watchdog:
         world_size: Number of ranks.
         attempt: Number of this start.
         hang_timeout_s: Longest time without `mark`, five times as long up to the first; None: no limit.
+        launcher: What started the ranks, as in `Heartbeat`.
         beat_s: How often it looks.
         leave: Ends the process; another one in tests.
     """
@@ -92,12 +96,13 @@ class Watchdog:
         world_size: int,
         attempt: int,
         hang_timeout_s: float | None,
+        launcher: str = "",
         beat_s: float = BEAT_S,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self._run_dir = run_dir
         self._rank, self._world_size, self._attempt = rank, world_size, attempt
-        self._hang_timeout_s = hang_timeout_s
+        self._hang_timeout_s, self._launcher = hang_timeout_s, launcher
         self._beat_s = beat_s if hang_timeout_s is None else min(beat_s, hang_timeout_s / 4)
         self._leave = leave
         self._state, self._message, self._step = "starting", "", 0
@@ -187,6 +192,7 @@ class Watchdog:
             pid=os.getpid(),
             checkpoint=self._checkpoint,
             checkpoint_time=self._checkpoint_time,
+            launcher=self._launcher,
         )
         path = self._run_dir / HEARTBEAT_FILE
         try:  # renamed and not flushed to the disk: after a crash of the machine nobody needs it

@@ -14,10 +14,11 @@ from manifests.config import dump_yaml
 from manifests.errors import ConfigError, ContractError
 from trainer import launch as launch_module
 from trainer.config import PretrainConfig
-from trainer.launch import launch
+from trainer.launch import launch, train_on_worker
 from trainer.metrics import read_metrics
 from trainer.samples import SnapshotSource
 from trainer.storage import StoreError
+from trainer.watchdog import RAY
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -142,3 +143,12 @@ def test_each_node_that_goes_away_is_news_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch_module.ray.train, "get_preemption_info", lambda: told.pop(0))
     notice = launch_module._Notice()
     assert [notice() for _ in range(5)] == [False, True, False, True, False]
+
+
+def test_a_worker_tells_its_run_that_ray_carries_it_out(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(launch_module, "pretrain", lambda _, **options: seen.update(options))
+    train_on_worker({"config": tiny_config().model_dump(mode="json"), "has_notice": False})
+    assert seen["launcher"] == RAY

@@ -7,7 +7,7 @@ from torch import distributed
 
 from manifests.errors import ConfigError, ContractError
 from trainer.collectives import rank, world_size
-from trainer.process_group import is_launched, join_group, run_on_rank_zero
+from trainer.process_group import is_launched, join_group, run_on_rank_zero, torchrun_words
 
 
 def answers_of_rank_0(number: int, port: int, group: dict[str, str]) -> None:
@@ -35,6 +35,17 @@ def answers_of_rank_0(number: int, port: int, group: dict[str, str]) -> None:
 
 def test_what_rank_0_finds_is_what_all_ranks_get(run_ranks: Callable[..., None]) -> None:
     run_ranks(answers_of_rank_0, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
+
+
+def test_the_words_that_start_the_ranks_of_torchrun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in (("LOCAL_WORLD_SIZE", "4"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "gpu01")):
+        monkeypatch.setenv(name, value)
+    assert torchrun_words() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert torchrun_words() == "torchrun --nproc-per-node 4"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert torchrun_words() == ("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint gpu01 --nproc-per-node 4")
 
 
 def test_one_process_asks_itself() -> None:

@@ -14,6 +14,7 @@ from manifests.config import dump_yaml
 from trainer.config import PretrainConfig
 from trainer.loop import pretrain
 from trainer.metrics import read_metrics
+from trainer.status import run_status
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -48,6 +49,9 @@ def test_under_torchrun_two_ranks_give_the_losses_of_one_process(tiny_config: Ma
     finished = torchrun(path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("step 4 of 4") == 1, "one rank speaks for all"
+    folder = Path(ranks.run_dir)
+    again = f"torchrun --nproc-per-node 2 -m jobs.cli pretrain {folder / 'config.yaml'} --no-ray"
+    assert run_status(folder).resume == again
     pretrain(alone)
     rows = {name: read_metrics(config.run_dir) for name, config in (("ranks", ranks), ("alone", alone))}
     assert [row["step"] for row in rows["ranks"]] == [1, 2, 3, 4]
