@@ -218,7 +218,7 @@ class _Killer:
             if step <= self._after_step or not pids:
                 continue
             pid = int(pids[-1].read_text())
-            logger.info("demo: kill -9 of worker %d after step %d, on purpose: the run goes on from its checkpoint", pid, step)
+            logger.info("demo: kill -9 of worker %d after step %d, on purpose: the run has to go on", pid, step)
             os.kill(pid, signal.SIGKILL)
             self.killed_at = step
 
