@@ -250,7 +250,7 @@ def _adapt(plan: Plan, out: Path, ledger: Ledger) -> None:
             people = f"{found['subjects']} held-out subject{'s' if found['subjects'] != 1 else ''}"
             text = f"balanced accuracy {entry['value']:.3f} on {people}, chance {entry['chance']:.2f}"
             ledger.note(f"task {task}", text, run)
-    write_bundle(result, out / "bundle")
+    write_bundle(with_filters(result), out / "bundle")
     ledger.note("bundle", f"{len(result.tasks)} adapters, checked and read back", out / "bundle")
 
 
