@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from engine.config import Source
 from engine.scan import scan
 from engine.scan_gaps import absent_channels, label_faults, nearest_text, unknown_units, unmapped_texts
 from engine.scan_result import ScanResult
+from engine.storage import location
 from manifests.corpora import Corpus, load_corpus
 
 STAGES = {"Sleep Stage w": "W", "Sleep stage N1": "N1", "Sleep stage N3": "N3", "Sleep stage R": "R"}
@@ -81,3 +83,18 @@ def test_a_scan_for_a_conversion_reads_no_labels(root: Path) -> None:
     result = scan([Source(corpus=str(path), root=root)])
     assert not any(row.unmapped or row.label_fault for row in result.rows)
     assert not result.skipped
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_survey_of_a_store_reads_the_same_labels(root: Path, tmp_path: Path) -> None:
+    UPath("s3://bucket").mkdir(exist_ok=True)
+    store = location(f"s3://bucket/{tmp_path.name}")
+    (store / NIGHT).write_bytes((root / NIGHT).read_bytes())
+    (store / NIGHT.replace(".edf", ".txt")).write_bytes(b"0\n7\n0\n7\n")
+    for name, rule in (("one", {"pattern": "{stem}.txt"}), ("none", {"pattern": "{stem}.csv"})):
+        corpus = corpus_of(source="text_codes", map={"0": "W"}, **rule)
+        (tmp_path / f"{name}.yaml").write_text(corpus.model_dump_json(), encoding="utf-8")
+    result = scan([Source(corpus=str(tmp_path / "one.yaml"), root=store)], survey=True)
+    assert [(row["text"], row["n"]) for row in unmapped_texts(result)] == [("7", 2)]
+    (fault,) = label_faults(scan([Source(corpus=str(tmp_path / "none.yaml"), root=store)], survey=True))
+    assert fault["message"].startswith(f"{store / NIGHT}: 0 label files match")
