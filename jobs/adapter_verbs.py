@@ -28,6 +28,7 @@ def adapt(
     from adapters.bundle import write_bundle
     from adapters.config import AdaptConfig
     from adapters.layout import parse_reference
+    from jobs.filter_vectors import with_filters
     from jobs.learn import learn_adapters
     from trainer.collectives import rank
 
@@ -36,7 +37,7 @@ def adapt(
         return  # under torchrun one rank speaks for all
     show_task_scores(result.scores)
     if bundle is not None:
-        write_bundle(result, bundle, base=parse_reference(base) if base else None)
+        write_bundle(with_filters(result), bundle, base=parse_reference(base) if base else None)
         console.print(f"bundle: {bundle}. Next: kymo predict {bundle} FILE.edf")
 
 

@@ -69,19 +69,26 @@ TaskNames = typer.Option([], "--task", help="Only this task; repeatable.")
 
 @bundles.command()
 def verify(bundle: str = Source, task: list[str] = TaskNames) -> None:
-    """Check every file, hold tasks, base and temporal encoder together, and compute the logits that must come out.
+    """Check every file, hold tasks, base and temporal encoder together, and compute what must come out again.
+
+    That are the logits of stored windows and, before them, the windows that this installation's filters make of noise.
 
     Example: kymo bundle verify demo/bundle
     """
     from adapters.bundle import load_bundle
     from adapters.provenance import sources_of
     from adapters.source import bundle_folder
+    from jobs.filter_vectors import check_filters
     from trainer.export import read_card
 
     loaded = load_bundle(bundle_folder(bundle, task or None), task or None)
     files, total = loaded.manifest.files, sum(entry.size for entry in loaded.manifest.files.values())
     console.print(f"{len(files)} files, {total:,} bytes: sizes and SHA-256 as bundle.json says")
     console.print(f"same logits as at its maker's: {', '.join(loaded.records)}", soft_wrap=True)
+    checked = check_filters(loaded.path, loaded.records)
+    console.print(f"same filtered signal as at its maker's: {', '.join(checked) or 'none'}", soft_wrap=True)
+    if silent := [name for name in loaded.records if name not in checked]:
+        console.print(f"[yellow]filters:[/] {', '.join(silent)} keep no signal to compare", soft_wrap=True)
     for source in sources_of(read_card(loaded.path / "base"), loaded.records):
         if not source.terms.adapted:
             console.print(f"[yellow]licence:[/] {escape(str(source))}", soft_wrap=True)
@@ -121,6 +128,7 @@ def add_task(
     from adapters.config import AdaptConfig
     from adapters.merge import add_bundle, add_run, plan_addition
     from jobs.adapter_verbs import show_task_scores
+    from jobs.filter_vectors import with_filters
     from jobs.learn import learn_adapters
     from manifests.config import load_config, read_yaml
     from trainer.collectives import rank
@@ -137,7 +145,7 @@ def add_task(
         if rank() != 0:
             return  # under torchrun one rank speaks for all
         show_task_scores(result.scores)
-        grown = add_run(bundle, result, out)
+        grown = add_run(bundle, with_filters(result), out)
     console.print(f"bundle: {out} with {', '.join(grown.records)}", soft_wrap=True)
 
 

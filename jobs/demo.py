@@ -26,6 +26,7 @@ from engine.verify import verify
 from jobs.adapter_verbs import show_task_scores
 from jobs.console import console, show_table
 from jobs.data_verbs import run_conversion
+from jobs.filter_vectors import with_filters
 from jobs.predict import open_file, stranger
 from jobs.prediction_files import PredictionFiles
 from jobs.scan_screen import show_scan

@@ -51,6 +51,7 @@ def predict(
     """
     from adapters.bundle import load_bundle
     from adapters.source import bundle_folder
+    from jobs.filter_vectors import check_filters
     from jobs.predict import open_file, stranger
     from jobs.prediction_files import PredictionFiles
 
@@ -59,6 +60,7 @@ def predict(
     run = open_file(
         loaded, file, recorded, tasks=task or None, mains=mains, source="" if Path(bundle).is_dir() else bundle
     )
+    check_filters(loaded.path, {name: loaded.records[name] for name in run.suits})
     formats: list[Any] = [item.value for item in output if item != Output.TABLE] + ["png"] * picture
     with PredictionFiles(run, out, formats) as files:
         with windows_progress(file.name, run.num_windows) as advance:

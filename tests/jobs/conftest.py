@@ -15,6 +15,7 @@ from engine.config import ConvertConfig
 from engine.convert import convert_all
 from engine.synthetic import synthesise
 from jobs import cli
+from jobs.filter_vectors import with_filters
 from manifests.recipes import load_recipe
 from trainer.export import save_encoder
 from trainer.models.sleep import SleepEncoder, SleepEncoderConfig
@@ -58,7 +59,7 @@ def bundle_dir(nights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             eval_windows=8,
         )
     )
-    write_bundle(result, root / "bundle")
+    write_bundle(with_filters(result), root / "bundle")
     return root / "bundle"
 
 

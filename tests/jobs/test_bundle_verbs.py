@@ -37,6 +37,7 @@ def test_verify_tells_sound_from_damaged_and_of_licences(kymo, bundle_dir: Path,
     code, text = kymo("bundle", "verify", bundle_dir)
     assert code == 0
     assert "same logits as at its maker's: sleep_staging, rhythm" in text
+    assert "same filtered signal as at its maker's: sleep_staging, rhythm" in text
     assert "licence: base sleep" in text
     assert "(no licence stated)" in text
     copy = Path(shutil.copytree(bundle_dir, tmp_path / "copy"))
