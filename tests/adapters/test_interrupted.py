@@ -12,17 +12,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
 
 import adapters
-from adapters.config import AdaptConfig
+from adapters.config import AdaptConfig, FinetuneConfig
+from adapters.finetune import finetune
 from adapters.paths import RESULT_FILE, TRAINED_FILE
 from adapters.train import adapt
 from manifests.config import dump_yaml
 from trainer.checkpoint_store import newest_checkpoint, step_of
+from trainer.export import save_encoder
 from trainer.lock import hold
+from trainer.models.build import build_encoder
+from trainer.models.univariate import UnivariateEncoderConfig
 from trainer.paths import CHECKPOINT_FOLDER, LOCK_FILE
 
+AnyConfig = AdaptConfig | FinetuneConfig
 MakeConfig = Callable[..., AdaptConfig]
 REPOSITORY = Path(adapters.__file__).parent.parent
 VERB = [sys.executable, "-m", "jobs.cli", "adapt"]
@@ -41,7 +52,7 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> Callable[..., AdaptConf
 
 
 @contextmanager
-def started(config: AdaptConfig, *, verb: list[str] = VERB) -> Iterator[subprocess.Popen[str]]:
+def started(config: AnyConfig, *, verb: list[str] = VERB) -> Iterator[subprocess.Popen[str]]:
     path = Path(config.run_dir + ".yaml")
     path.write_text(dump_yaml(config.model_dump(mode="json")))
     # A session of its own, so that a signal to its group reaches the ranks and nobody else.
@@ -67,13 +78,13 @@ def finish(config: AdaptConfig, *, verb: list[str] = VERB) -> tuple[int, str]:
     return process.returncode, output
 
 
-def rows(config: AdaptConfig) -> list[dict[str, Any]]:
+def rows(config: AnyConfig) -> list[dict[str, Any]]:
     path = Path(config.run_dir) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def wait_for_step(config: AdaptConfig, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(config: AnyConfig, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if any(row["step"] >= step for row in rows(config)):
@@ -170,3 +181,99 @@ def test_a_worker_of_ray_that_is_killed_comes_back_and_a_stop_leaves_a_checkpoin
         assert code == 0, output
     assert "balanced_accuracy" in output
     assert_same(config, whole)
+
+
+@contextmanager
+def two_machines() -> Iterator[tuple[Cluster, list[Any]]]:
+    """A Ray cluster: a head without CPUs and two nodes of one CPU each, emulated on this machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        yield cluster, nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def pid_of(config: AnyConfig, rank: int) -> int:
+    return int(Path(config.run_dir, "workers", f"rank-{rank}.pid").read_text())
+
+
+def assert_alike(config: AnyConfig, expected: AnyConfig) -> None:
+    """Every step once, and losses and weights up to the order of summation, which optimizer steps carry on."""
+    losses = [
+        [(row["step"], *row["loss"].values()) for row in rows(item) if "loss" in row] for item in (config, expected)
+    ]
+    assert [step for step, *_ in losses[0]] == list(range(1, config.steps + 1))
+    assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), rel=1e-4)
+    got, wanted = (load_file(Path(item.run_dir) / TRAINED_FILE) for item in (config, expected))
+    for name, tensor in wanted.items():
+        if not name.endswith(".k.bias"):  # a softmax does not feel it: its gradient is rounding alone
+            torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+ELASTIC: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.0}, "steps": 60, "keep": "last"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_elastic_run_whose_worker_is_killed_ends_as_an_undisturbed_one(make_run: MakeConfig) -> None:
+    config, whole = make_run("run", **ELASTIC, num_workers=[1, 2], zero_stage=1), make_run("whole", **ELASTIC)
+    with started(config) as process:
+        wait_for_step(config, 9, process)
+        os.kill(pid_of(config, 1), signal.SIGKILL)
+        output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
+    assert "balanced_accuracy" in output
+    assert len(list(Path(config.run_dir, "attempts").iterdir())) == 2, "started again once"
+    adapt(whole)
+    assert_alike(config, whole)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_two_workers_lose_a_machine_and_one_goes_on_to_the_end(make_run: MakeConfig) -> None:
+    with two_machines() as (cluster, nodes):
+        address = {"address": cluster.address, "resize_every_s": 600.0}
+        config = make_run("run", **ELASTIC, num_workers=[1, 2], zero_stage=1, ray=address)
+        with started(config) as process:
+            wait_for_step(config, 9, process)
+            first, lost = pid_of(config, 0), pid_of(config, 1)
+            raylet = psutil.Process(lost).ppid()
+            assert raylet in [node.all_processes["raylet"][0].process.pid for node in nodes]
+            os.kill(raylet, signal.SIGKILL)
+            output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
+    assert pid_of(config, 1) == lost, "there was room for one worker only, which removed its own mark"
+    assert not psutil.pid_exists(first)
+    assert sorted(path.name for path in Path(config.run_dir, "attempts").iterdir()) == ["000001.json", "000002.json"]
+    whole = make_run("whole", **ELASTIC)
+    adapt(whole)
+    assert_alike(config, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_finetuning_on_workers_of_ray_goes_on_after_one_was_killed(make_run: MakeConfig, tmp_path: Path) -> None:
+    univariate = UnivariateEncoderConfig(
+        width=16, depth=1, num_heads=2, num_tokens=4, conv_channels=(4, 8, 16), dropout=0.0
+    )
+    save_encoder(tmp_path / "encoder", build_encoder(univariate), recipes={}, step=3)
+    sizes = {"depth": 1, "num_heads": 2, "graph_heads": 2, "graph_layers": 1, "dropout": 0.0}
+
+    def make(name: str, **changes: Any) -> FinetuneConfig:
+        keys = ("tasks", "log_every", "eval_every", "checkpoint_every", "eval_windows", "run_dir", "steps")
+        shared = make_run(name, steps=40, eval_every=40).model_dump(include=set(keys))
+        return FinetuneConfig(**shared, encoder=str(tmp_path / "encoder"), model=sizes, **changes)  # pyright: ignore[reportArgumentType]
+
+    config, whole = make("run", num_workers=2), make("whole")
+    with started(config, verb=[*VERB[:-1], "finetune"]) as process:
+        wait_for_step(config, 9, process)
+        os.kill(pid_of(config, 1), signal.SIGKILL)
+        output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
+    assert "weights of step 40" in output
+    assert len(list(Path(config.run_dir, "attempts").iterdir())) == 2
+    finetune(whole)
+    assert_alike(config, whole)
