@@ -41,6 +41,12 @@ def test_the_recipes_that_others_build_on_are_there() -> None:
     assert {rule.rate_hz for rule in load_recipe("sleep128").kinds.values()} == {128}
 
 
+@pytest.mark.parametrize("name", ["eeg200", "eeg200_10s", "ecg128", "ecg500"])
+def test_a_window_on_a_grid_has_the_event_that_fills_most_of_it(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.place, recipe.anchor) == ("grid", "centre")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
