@@ -178,7 +178,10 @@ class Reader:
         """
         is_locked = _is_held(self._output)
         if not is_locked and not (self._output / PLAN_FILE).exists():
-            raise ConfigError(f"{self._output}: no {PLAN_FILE}; give the output folder of a kymo convert")
+            found = f"no {PLAN_FILE}" if self._output.exists() else "no such folder"
+            raise ConfigError(
+                f"{self._output}: {found}; give the output of kymo convert, or the run_dir of kymo pretrain or adapt"
+            )
         units = read_plan(self._output)
         beats = {name for name in sizes_in(self._output / PROGRESS_DIR) if name.endswith(BEAT_SUFFIX)}
         sizes = sizes_of(self._output)

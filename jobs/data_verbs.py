@@ -1,6 +1,7 @@
 """Verbs of the data engine: scan, plan, convert, status, verify, report, preview."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,14 +157,23 @@ def status(
     from trainer.paths import LAUNCH_LOCK_FILE
 
     place = location(folder)
+
+    def is_starting() -> bool:
+        is_told = learn_status.is_learn_run(place) or run_status.is_run(place)
+        return not is_told and not is_remote(place) and is_held(place / LAUNCH_LOCK_FILE)
+
+    if is_starting():
+        console.print(f"{place}: a run is starting under Ray and has not written anything yet", soft_wrap=True)
+        if not watch:
+            return
+        while is_starting():
+            time.sleep(1.0)
     if learn_status.is_learn_run(place):
         is_once = as_json or not watch
         states = [learn_status.learn_status(place)] if is_once else learn_status.watch(place)
         learn_screen.show(states, as_json=as_json)
         return
     is_run = run_status.is_run(place)
-    if not is_run and not is_remote(place) and is_held(place / LAUNCH_LOCK_FILE):
-        raise ConfigError(f"{place}: a run is starting under Ray and has not written anything yet; look again later")
     if as_json:
         state = run_status.run_status(place).to_json() if is_run else asdict(engine_status.status(place))
         print(json.dumps(state, indent=1, default=str))

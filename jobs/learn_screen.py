@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from jobs.console import console
-from jobs.status_screen import RUN_COLORS, time_text
+from jobs.status_screen import RUN_COLORS, steps_bar
 
 if TYPE_CHECKING:
     from adapters.status import LearnStatus
@@ -42,10 +41,11 @@ def learn_screen(state: "LearnStatus") -> Group:
         head.append(f"\n{state.reason}")
     if state.state == "stopped":
         head.append(f"\ngo on with: {state.resume}")
-    speed = "" if state.windows_per_s is None else f", {state.step_s:.3g} s a step, {state.windows_per_s:.0f} windows/s"
-    left = "" if state.eta_s is None else f", {time_text(state.eta_s)} left"
-    kept = "" if state.checkpoint is None else f"; checkpoint of step {state.checkpoint:,}"
-    skipped = f"; {state.skipped} steps skipped, for their gradient was not finite" if state.skipped else ""
+    facts = [
+        "" if state.windows_per_s is None else f"{state.step_s:.3g} s a step, {state.windows_per_s:.0f} windows/s",
+        "" if state.checkpoint is None else f"checkpoint of step {state.checkpoint:,}",
+        f"{state.skipped} steps skipped, for their gradient was not finite" if state.skipped else "",
+    ]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("task", "loss", "epochs", "scores"):
         table.add_column(column, overflow="fold")
@@ -59,7 +59,7 @@ def learn_screen(state: "LearnStatus") -> Group:
         )
     return Group(
         head,
-        ProgressBar(total=state.steps, completed=state.step),
-        Text(f"step {state.step:,} of {state.steps:,}{speed}{left}{kept}{skipped}"),
+        steps_bar(state.step, state.steps, eta_s=state.eta_s),
+        Text("; ".join(filter(None, facts))),
         table,
     )

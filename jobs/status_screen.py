@@ -128,19 +128,24 @@ def screen(state: "Status", *, height: int) -> Group:
 
 def run_screen(state: "RunStatus") -> Group:
     """Headline, bar, and a line for each thing that a person asks of a run."""
-    share = state.step / max(1, state.steps)
-    bar = Table.grid(expand=True, padding=(0, 1))
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    where = f"step {state.step:,} of {state.steps:,} ({share:.1%})"
-    eta = "" if state.eta_s is None else f", {time_text(state.eta_s)} left"
-    bar.add_row(ProgressBar(total=max(1, state.steps), completed=state.step), Text(where + eta))
+    bar = steps_bar(state.step, state.steps, eta_s=state.eta_s)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, line in _run_lines(state):
         grid.add_row(name, line)
     return Group(run_headline(state), bar, grid)
+
+
+def steps_bar(step: int, steps: int, *, eta_s: float | None) -> Table:
+    """A bar with the step and the time left beside it, on one line of any terminal."""
+    bar = Table.grid(expand=True, padding=(0, 1))
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    left = "" if eta_s is None else f", {time_text(eta_s)} left"
+    where = f"step {step:,} of {steps:,} ({step / max(1, steps):.1%}){left}"
+    bar.add_row(ProgressBar(total=max(1, steps), completed=step), Text(where))
+    return bar
 
 
 def run_headline(state: "RunStatus") -> Text:

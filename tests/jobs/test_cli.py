@@ -12,6 +12,7 @@ from engine.config import ConvertConfig
 from engine.convert import convert_all
 from engine.finalise import ConvertResult, ExitCode
 from engine.synthetic import synthesise
+from jobs import data_verbs
 from jobs.data_verbs import run_conversion
 from manifests.config import dump_yaml, load_config
 from manifests.shards import load_snapshot
@@ -196,8 +197,19 @@ def test_each_verb_of_quarantine_shows_an_example(kymo: Kymo, verb: str) -> None
 
 def test_a_run_that_ray_is_starting_is_told_as_such(kymo: Kymo, tmp_path: Path) -> None:
     with hold(tmp_path / LAUNCH_LOCK_FILE, patience_s=0.0):
-        assert "a run is starting under Ray" in kymo("status", tmp_path)[1]
+        code, text = kymo("status", tmp_path)
+    assert (code, "a run is starting under Ray" in text) == (0, True)
     assert "starting" not in kymo("status", tmp_path)[1]  # its driver is gone
+
+
+def test_watching_waits_for_a_run_that_ray_is_starting(
+    kymo: Kymo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold(tmp_path / LAUNCH_LOCK_FILE, patience_s=0.0) as lock:
+        monkeypatch.setattr(data_verbs.time, "sleep", lambda _: lock.close())  # the driver ends while it is waited for
+        code, text = kymo("status", tmp_path, "--watch")
+    assert "a run is starting under Ray" in text
+    assert code == 2
 
 
 @pytest.mark.parametrize("suspect", [0, 3])

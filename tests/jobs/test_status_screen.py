@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from adapters.status import LearnStatus
 from engine.commit import Quarantined
 from engine.status import Status, UnitRow
 from jobs import status_screen
 from jobs.data_verbs import status
+from jobs.learn_screen import learn_screen
 from jobs.status_screen import headline, run_screen, screen, time_text, watch, watch_run
 from manifests.errors import ConfigError
 from trainer.status import RunStatus
@@ -121,6 +123,33 @@ def test_a_run_that_is_well_is_told_in_a_few_lines() -> None:
     for part in ("look at", "go on with", "MFU", "GPU"):
         assert part not in text
     assert len(text.splitlines()) < 12
+
+
+def test_a_run_that_learns_tasks_fits_a_terminal_of_80_columns() -> None:
+    learned = LearnStatus(
+        run_dir="runs/[x]",
+        state="training",
+        reason="",
+        step=50,
+        steps=200,
+        loss={"staging": 1.25},
+        scores={"staging": {"auroc": 0.5}},
+        epochs={"staging": 0.75},
+        step_s=0.5,
+        windows_per_s=32.0,
+        eta_s=400.0,
+        checkpoint=40,
+        skipped=0,
+        resume="",
+    )
+    text = drawn(learn_screen(learned), width=80)
+    for part in (
+        "runs/[x]: training",
+        "step 50 of 200 (25.0%), 7 min left",
+        "0.5 s a step, 32 windows/s; checkpoint of step 40\n",
+        "auroc 0.500",
+    ):
+        assert part in text
 
 
 def test_what_is_wrong_with_a_run_is_told_with_the_remedy() -> None:
