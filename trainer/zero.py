@@ -28,6 +28,8 @@ from trainer.process_group import join_group
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+# torch's own. ZeRO-3 replaces it in the whole process and for good: runs that came after computed another last bit.
+_LINEAR = torch.nn.functional.linear
 # Gradients that ZeRO averages at once: DeepSpeed's own default, 2 GB.
 MAX_BUCKET = 500_000_000
 # Names of parameters that never decay, whatever their shape (beside all of one dimension).
@@ -127,6 +129,7 @@ def wrap(module: nn.Module, optimizer: torch.optim.Optimizer, *, settings: dict[
     # DeepSpeed takes memory for a whole bucket in every step, however small the model is.
     zero = settings["zero_optimization"] | {"reduce_bucket_size": min(num_trained, MAX_BUCKET)}
     config = settings | {"zero_optimization": zero}
+    torch.nn.functional.linear = _LINEAR
     model, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if world_size() == 1 and model.zero_optimization_stage() == 0:
         model.enable_backward_allreduce = False  # it would copy every gradient to and fro

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from manifests.errors import ConfigError
 from trainer import zero
@@ -147,6 +148,16 @@ def test_a_bucket_of_gradients_is_no_larger_than_the_model(stage: int) -> None:
     join_processes("auto")
     model = initialise(Regression(), config(zero_stage=stage))
     assert model.zero_reduce_bucket_size() == 3 * 8 + 8 + 8 + 1
+
+
+def test_a_run_after_one_under_zero_3_multiplies_as_torch_does() -> None:
+    join_processes("auto")
+    initialise(Regression(), config())
+    linear = functional.linear
+    initialise(Regression(), config(zero_stage=3))
+    assert functional.linear is not linear, "DeepSpeed replaces it no more; nor need trainer.zero"
+    initialise(Regression(), config())
+    assert functional.linear is linear
 
 
 def test_the_dict_follows_the_configuration() -> None:
