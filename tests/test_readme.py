@@ -4,9 +4,11 @@ import re
 import textwrap
 from pathlib import Path
 
+from adapters.config import AdaptConfig
 from engine.config import ConvertConfig
 from manifests.config import load_config
 from manifests.corpora import load_corpus
+from manifests.tasks import load_task
 from trainer.config import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,3 +41,11 @@ def test_what_the_commands_of_the_readme_write_lies_in_the_ignored_folder_demo()
     assert len(lines) >= 5
     assert not [line for line in lines if not re.search(r" --out demo/| export \S+ demo/", line)]
     assert "/demo/" in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_example_of_a_task_of_ones_own_is_valid() -> None:
+    text = (REPOSITORY / "jobs/configs/add_task.yaml").read_text(encoding="utf-8")
+    assert "encoder" not in text.replace("temporal encoder", "")  # kymo bundle add-task takes that of the bundle
+    config = load_config(AdaptConfig, REPOSITORY / "jobs/configs/add_task.yaml", ["encoder=of the bundle"])
+    task = load_task(REPOSITORY / config.tasks[0].task)
+    assert (task.labels, task.is_exclusive) == (["rem"], True)
