@@ -22,10 +22,13 @@ class Buffers:
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> memoryview:
-        """Memory of `num_bytes`, its content undefined; the smallest free buffer that is large enough."""
+        """Memory of `num_bytes`, its content undefined: the smallest free buffer that is large enough.
+
+        Of equal ones it is that which was lent last: the processor's cache may still hold it.
+        """
         with self._lock:
             fitting = (
-                (memory.nbytes, n)
+                (memory.nbytes, -n)
                 for n, (memory, view) in enumerate(self._lent)
                 if view() is None and memory.nbytes >= num_bytes
             )
@@ -33,7 +36,7 @@ class Buffers:
             spare = num_bytes // 8  # the next batch may be a little larger
             # torch aligns it: the last bits of a sum may depend on where its terms lie.
             memory = (
-                torch.empty(num_bytes + spare, dtype=torch.uint8).numpy() if free is None else self._lent.pop(free)[0]
+                torch.empty(num_bytes + spare, dtype=torch.uint8).numpy() if free is None else self._lent.pop(-free)[0]
             )
             view = memory[:num_bytes]
             self._lent = [*self._lent, (memory, weakref.ref(view))][-self._limit :]

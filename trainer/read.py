@@ -1,7 +1,8 @@
 """Windows read from shards: `preadv` at indexed offsets by a few threads into reused buffers.
 
-A small sample is read whole. Of a large one only the tags and the shapes are read at first; its signal stays in the
-shard until a batch asks for the rows and the stretch that it needs, and then goes straight into the batch's memory.
+A sample stays in its shard until a batch asks for rows of it, or somebody for a field of its window. The rows go
+straight into the batch's memory, by the same call as the headers and the tags: what to ask for is taken from the last
+sample of that corpus and size, and compared with what the sample itself says as soon as it is there.
 
 Reading ahead never counts: where the data stand is the trainer's number of optimizer steps, not what was read.
 A sample whose read fails is replaced by the next position of its stream and reported, never skipped, so that the
@@ -9,35 +10,34 @@ order of all others stays the same.
 """
 
 import logging
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import orjson
 
 from manifests.errors import ContractError
 from trainer.data import Address, Order, Stream
-from trainer.memory import Buffers
-from trainer.stored import ArrayReadError, Layout, Shards, StoredArray, parse_layout, read_stored
+from trainer.layout import Layout, Rows, parse_layout
+from trainer.stored import SampleReadError, Shards, StoredArray
 
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-# The headers of a sample are read one by one where it is not read whole: six calls of the system cost as much as
-# 128 KiB from the page cache.
-WHOLE_BYTES = 128 << 10
 MAX_TAGS = 1024  # texts of tags whose parsed form is kept, about 40 KB each
-MAX_LAYOUTS = 1024  # one for each size of a sample in a shard, about 10 KB each
+MAX_OUTLINES = 1024  # one for each corpus and size of a sample, about 10 KB each
 UCS_MARK = b',"ucs":'
+
+_last_tags: dict[str, tuple[bytes, "Tags"]] = {}  # recording to text and tags of its last window that was read
 
 
 class Tags(dict[str, list[dict[str, Any]]]):
@@ -49,6 +49,18 @@ class Tags(dict[str, list[dict[str, Any]]]):
     def __init__(self, tags: dict[str, list[dict[str, Any]]]) -> None:
         super().__init__(tags)
         self.derived: dict[Any, Any] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outline:
+    """What a sample holds: kind to channel tags, and kind to the shape (C, T) of its array."""
+
+    tags: Mapping[str, Sequence[Mapping[str, Any]]]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def fits(self, expected: "Outline") -> bool:
+        """Whether a sample of this outline was read right when another one was expected."""
+        return self.shapes == expected.shapes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +79,175 @@ class Window:
     meta: dict[str, Any]
     arrays: dict[str, Any]
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where the sample stands among others that were not read yet."""
+        return ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the outline is the sample's own."""
+        return True
+
+    def open(self) -> None:
+        """Make the outline the sample's own."""
+
+    def outline(self) -> Outline:
+        """What the sample holds; before anything was read of it, what one of its corpus and size held."""
+        return Outline(tags=self.meta["ucs"], shapes={kind: array.shape for kind, array in self.arrays.items()})
+
+    def read(self, rows: Rows, into: memoryview, *, start: int, width: int) -> None:
+        """`width` samples from `start` on of some rows, as int16 one after the other.
+
+        They count once `outline` was asked for again and says what it said before.
+
+        Raises:
+            SampleReadError: The shard ends before, or cannot be read.
+        """
+        begin = 0
+        for kind, chosen in rows:
+            end = begin + 2 * width * len(chosen)
+            out_CT = np.frombuffer(into[begin:end], dtype=np.int16).reshape(len(chosen), width)
+            read_rows(self.arrays[kind], chosen, out_CT, start=start)
+            begin = end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredOutline(Outline):
+    """The outline of a sample in its shard, with its layout there."""
+
+    layout: Layout
+
+    def fits(self, expected: Outline) -> bool:
+        """Whether its members stand where those of the other do."""
+        return isinstance(expected, StoredOutline) and self.layout is expected.layout
+
+
+@dataclass(slots=True, kw_only=True)
+class _Source:
+    """Open shards, and the outline of the last sample of each stream and size."""
+
+    shards: Shards
+    outlines: dict[tuple[int, int], StoredOutline]
+
+
+class StoredWindow(Window):
+    """A window whose sample is still in its shard. Fields other than its key and place are read at their first use."""
+
+    __slots__ = ("_frame", "_is_open", "_mark", "_offset", "_outline", "_place", "_shard", "_source")
+
+    def __init__(self, source: _Source, address: Address, wanted: Address, stream: Stream) -> None:
+        """The sample at `address`, a row of `stream`, in the place of `wanted`."""
+        row = address.row
+        self.key = stream.keys[row]
+        self.position = wanted.position
+        self.epoch = wanted.epoch
+        self._source = source
+        shard = stream.shard.item(row)
+        self._shard = stream.shards[shard]
+        self._offset = stream.offset.item(row)
+        self._place = address.stream, shard, self._offset
+        self._mark = address.stream, stream.num_bytes.item(row)
+        self._is_open = False
+        self._frame: bytearray | None = None  # headers and tags that were read and not yet checked
+        self._outline: StoredOutline | None = None  # until it is open, what is expected
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that was not read yet."""
+        if name not in ("corpus", "recording", "meta", "arrays"):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        self.open()
+        if name == "arrays":
+            self.arrays = self._stored_arrays()
+        return getattr(self, name)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Stream, shard and offset."""
+        return self._place
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sample's headers and tags were read."""
+        return self._is_open
+
+    def open(self) -> None:
+        """Check what `read` brought of the sample's headers and tags, or read them now.
+
+        Raises:
+            SampleReadError: The sample is damaged or cannot be read.
+        """
+        if self._is_open:
+            return
+        expected = self._expected()
+        try:
+            text = None
+            if expected is not None:
+                if self._frame is None:
+                    self.read((), memoryview(b""), start=0, width=0)
+                text = expected.layout.text_of(self.key.encode(), self._frame or b"")
+            if expected is not None and text is not None:
+                self._fill(text, expected.layout)
+            else:
+                self._parse()
+        except (OSError, ContractError, ValueError, KeyError) as error:
+            raise SampleReadError(self.key, str(error)) from error
+
+    def outline(self) -> StoredOutline:
+        """The sample's own outline if anything was read of it; before that, what is expected."""
+        expected = self._outline if self._is_open or self._frame is not None else self._expected()
+        if expected is None or self._frame is not None:
+            self.open()
+            expected = self._outline
+        return cast("StoredOutline", expected)
+
+    def read(self, rows: Rows, into: memoryview, *, start: int, width: int) -> None:
+        """As of a window in memory, from the shard; until the sample is open its headers and tags come along."""
+        layout = self.outline().layout
+        calls = layout.plan(rows, start=start, width=width, is_framed=not self._is_open)
+        frame = None if self._is_open else bytearray(layout.frame_bytes)
+        try:
+            self._source.shards.read(self._shard, calls, self._offset, rows=into, frame=memoryview(frame or b""))
+        except (OSError, ContractError) as error:
+            raise SampleReadError(self.key, str(error)) from error
+        self._frame = frame
+
+    def _expected(self) -> StoredOutline | None:
+        if self._outline is None:
+            self._outline = self._source.outlines.get(self._mark)
+        return self._outline
+
+    def _parse(self) -> None:
+        """Read and parse the headers one by one."""
+        shards, shard, offset = self._source.shards, self._shard, self._offset
+        found, text, layout = parse_layout(
+            lambda begin, length: shards.read_bytes(shard, length, offset + begin), self._mark[1]
+        )
+        if found != self.key:
+            raise ContractError(f"sample {found!r} stands at its offset")
+        self._fill(text, layout)
+
+    def _fill(self, text: bytes, layout: Layout) -> None:
+        meta = parse_meta(text)
+        self.corpus, self.recording, self.meta = meta["corpus"], meta["recording"], meta
+        outlines, tags = self._source.outlines, meta["ucs"]
+        outline = outlines.get(self._mark)
+        if outline is None or outline.tags is not tags or outline.layout is not layout:
+            outline = StoredOutline(tags=tags, shapes=layout.shapes, layout=layout)
+            if len(outlines) >= MAX_OUTLINES:
+                outlines.clear()
+            outlines[self._mark] = outline
+        self._outline, self._is_open, self._frame = outline, True, None
+
+    def _stored_arrays(self) -> dict[str, StoredArray]:
+        shards, layout = self._source.shards, self.outline().layout
+        return {
+            kind: StoredArray(
+                key=self.key, shape=shape, shards=shards, shard=self._shard, offset=self._offset + layout.begins[kind]
+            )
+            for kind, shape in layout.shapes.items()
+        }
+
 
 def read_rows(array: np.ndarray | StoredArray, rows: Sequence[int], out_CT: np.ndarray, *, start: int = 0) -> None:
     """`array[rows, start : start + T]` into `out_CT`, which is contiguous; no other bytes are read.
@@ -74,11 +255,11 @@ def read_rows(array: np.ndarray | StoredArray, rows: Sequence[int], out_CT: np.n
     The rows are ascending, without repeats.
 
     Raises:
-        ArrayReadError: The shard ends before, or cannot be read.
+        SampleReadError: The shard ends before, or cannot be read.
     """
     width = out_CT.shape[1]
     if isinstance(array, StoredArray):
-        read_stored([(array, rows, out_CT)], start=start)
+        array.read(rows, out_CT, start=start)
     elif len(rows) == len(array):
         out_CT[:] = array[:, start : start + width]
     else:
@@ -107,9 +288,7 @@ class SnapshotReader:
         locate: Callable[[Path], Path] | None = None,
     ) -> None:
         self._streams = tuple(streams)
-        self._shards = Shards(locate)
-        self._layouts: dict[tuple[int, int, int], Layout] = {}
-        self._buffers = Buffers(limit=prefetch + num_threads + 1)
+        self._source = _Source(shards=Shards(locate), outlines={})
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._max_replaced = max_replaced
@@ -119,83 +298,38 @@ class SnapshotReader:
     @property
     def num_bytes(self) -> int:
         """Bytes read so far."""
-        return self._shards.num_bytes
+        return self._source.shards.num_bytes
 
     def read(self, addresses: Sequence[Address], *, order: Order) -> list[Window]:
-        """Windows of the addresses, in their order. Their arrays are views of one buffer that they keep alive.
+        """Windows of the addresses, in their order, with all arrays in memory.
 
         Raises:
             ContractError: More samples failed than `max_replaced`.
         """
-        return self._open(addresses, order, whole_bytes=math.inf)[0]
+        return self.work_on(addresses, loaded, order=order)
 
     def work_on(
         self, addresses: Sequence[Address], work: Callable[[list[Window]], ResultT], *, order: Order
     ) -> ResultT:
-        """`work(windows)`, which reads of large samples what it needs (`read_rows`); again if that fails for one.
+        """`work(windows)`, which reads what it needs of them; again if that fails for one.
 
         Raises:
             ContractError: More samples failed than `max_replaced`.
         """
-        windows, sources = self._open(addresses, order, whole_bytes=WHOLE_BYTES)
+        sources = list(addresses)
+        windows: list[Window] = [self._window(address, address) for address in addresses]
         while True:
             try:
                 return work(windows)
-            except ArrayReadError as error:
+            except SampleReadError as error:
                 place = next(i for i, window in enumerate(windows) if window.key == error.key)
                 self._report(sources[place], error)
-                following = order.address(sources[place].stream, sources[place].position + 1)
-                windows[place], sources[place] = self._open_or_replace(
-                    addresses[place], following, None, order, whole_bytes=WHOLE_BYTES
-                )
+                # The place in the order stays that of the sample which failed; only the content is another's.
+                sources[place] = order.address(sources[place].stream, sources[place].position + 1)
+                windows[place] = self._window(addresses[place], sources[place])
 
-    def _open(
-        self, addresses: Sequence[Address], order: Order, *, whole_bytes: float
-    ) -> tuple[list[Window], list[Address]]:
-        """Windows, samples of at most `whole_bytes` read whole, and the addresses that they come from."""
-        places = [self._place(item) for item in addresses]
-        begins = [0, *accumulate(size if size <= whole_bytes else 0 for *_, size in places)]
-        buffer = self._buffers.take(begins[-1])
-        opened: dict[int, tuple[Window, Address]] = {}
-        # Ascending offsets: the disk and the page cache read ahead.
-        for number in sorted(range(len(addresses)), key=places.__getitem__):
-            into = buffer[begins[number] : begins[number + 1]] if places[number][-1] <= whole_bytes else None
-            wanted = addresses[number]
-            opened[number] = self._open_or_replace(wanted, wanted, into, order, whole_bytes=whole_bytes)
-        ordered = [opened[number] for number in range(len(addresses))]
-        return [window for window, _ in ordered], [source for _, source in ordered]
-
-    def _place(self, address: Address) -> tuple[int, int, int, int]:
-        """Stream, shard, offset and size of a sample."""
-        stream, row = self._streams[address.stream], address.row
-        return address.stream, stream.shard.item(row), stream.offset.item(row), stream.num_bytes.item(row)
-
-    def _open_or_replace(
-        self, wanted: Address, source: Address, into: memoryview | None, order: Order, *, whole_bytes: float
-    ) -> tuple[Window, Address]:
-        """The sample at `source`, or the first after it that can be read, in the place of `wanted`."""
-        while True:
-            size = self._streams[source.stream].num_bytes.item(source.row)
-            if size <= whole_bytes and into is None:
-                into = memoryview(bytearray(size))
-            try:
-                key, meta, arrays = self._parse(source, into)
-                corpus, recording = meta["corpus"], meta["recording"]
-            except (OSError, ContractError, ValueError, KeyError) as error:
-                self._report(source, error)
-                source, into = order.address(source.stream, source.position + 1), None
-                continue
-            # The place in the order stays that of the sample which failed; only the content is another's.
-            window = Window(
-                key=key,
-                position=wanted.position,
-                epoch=wanted.epoch,
-                corpus=corpus,
-                recording=recording,
-                meta=meta,
-                arrays=arrays,
-            )
-            return window, source
+    def _window(self, wanted: Address, source: Address) -> StoredWindow:
+        return StoredWindow(self._source, source, wanted, self._streams[source.stream])
 
     def _report(self, address: Address, error: Exception) -> None:
         stream = self._streams[address.stream]
@@ -210,35 +344,6 @@ class SnapshotReader:
                 f"{shard}: sample {key} is number {count} that cannot be read, {self._max_replaced} are allowed; "
                 "run kymo verify on the snapshot"
             ) from error
-
-    def _parse(self, address: Address, into: memoryview | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """Key, JSON and arrays of a sample: read whole into `into`, or all but the signal if there is no `into`."""
-        number, shard_number, offset, size = self._place(address)
-        shard = self._streams[number].shards[shard_number]
-        key = self._streams[number].keys[address.row]
-        if into is not None:
-            self._shards.read(shard, [into], offset)
-
-        def content(begin: int, length: int) -> bytes:
-            if into is not None:
-                return bytes(into[begin : begin + length])
-            return self._shards.read_spans(shard, [(begin, length)], offset)
-
-        mark = number, shard_number, size
-        layout, text = self._layouts.get(mark), None
-        if layout is not None:
-            seen = into or self._shards.read_spans(shard, layout.headers, offset)
-            text = layout.text_of(key.encode(), seen, is_whole=into is not None)
-        if layout is None or text is None:
-            found, text, layout = parse_layout(content, size)
-            if found != key:
-                raise ContractError(f"sample {found!r} stands at its offset")
-            if len(self._layouts) >= MAX_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[mark] = layout
-        if into is None:
-            return key, parse_meta(text), _in_shard(key, layout, shards=self._shards, shard=shard, offset=offset)
-        return key, parse_meta(text), _in_memory(layout, into)
 
     def stream(
         self,
@@ -275,7 +380,7 @@ class SnapshotReader:
 
     def close(self) -> None:
         """Close the shards."""
-        self._shards.close()
+        self._source.shards.close()
 
 
 def iterate(order: Order, *, rank: int = 0, world: int = 1, start_batch: int = 0) -> Iterator[list[Window]]:
@@ -291,7 +396,18 @@ def iterate(order: Order, *, rank: int = 0, world: int = 1, start_batch: int = 0
 
 def loaded(windows: Sequence[Window]) -> list[Window]:
     """The windows with all arrays in memory, read-only."""
-    return [replace(window, arrays={kind: _load(array) for kind, array in window.arrays.items()}) for window in windows]
+    return [
+        Window(
+            key=window.key,
+            position=window.position,
+            epoch=window.epoch,
+            corpus=window.corpus,
+            recording=window.recording,
+            meta=window.meta,
+            arrays={kind: _load(array) for kind, array in window.arrays.items()},
+        )
+        for window in windows
+    ]
 
 
 def _load(array: np.ndarray | StoredArray) -> np.ndarray:
@@ -303,38 +419,33 @@ def _load(array: np.ndarray | StoredArray) -> np.ndarray:
     return out_CT
 
 
-def _in_memory(layout: Layout, content: memoryview) -> dict[str, np.ndarray]:
-    """Arrays of a sample, read-only; they keep its memory."""
-    flat = np.frombuffer(content.toreadonly(), dtype=np.int16)
-    return {
-        kind: flat[begin // 2 : begin // 2 + shape[0] * shape[1]].reshape(shape)
-        for kind, (shape, begin) in layout.arrays.items()
-    }
-
-
-def _in_shard(key: str, layout: Layout, *, shards: Shards, shard: Path, offset: int) -> dict[str, StoredArray]:
-    """Arrays of a sample that begins at `offset`."""
-    return {
-        kind: StoredArray(key=key, shape=shape, shards=shards, shard=shard, offset=offset + begin)
-        for kind, (shape, begin) in layout.arrays.items()
-    }
-
-
 def parse_meta(text: bytes) -> dict[str, Any]:
     """JSON of a sample. Its tags, nine tenths of it, mostly repeat from window to window and are parsed once.
 
     They stand last where the engine wrote them. Where they do not, one of the two pieces is no JSON, and all is
     parsed together.
     """
-    head, mark, tail = text.partition(UCS_MARK)
-    if mark:
-        try:
-            return orjson.loads(head + b"}") | {"ucs": _parse_tags(tail[:-1])}
-        except ValueError:
-            pass
+    begin = text.find(UCS_MARK)
+    if begin >= 0:
+        with suppress(ValueError):
+            meta = orjson.loads(text[:begin] + b"}")
+            meta["ucs"] = _tags_of(meta.get("recording"), text[begin + len(UCS_MARK) : -1])
+            return meta
     meta = orjson.loads(text)
     meta["ucs"] = Tags(meta["ucs"])
     return meta
+
+
+def _tags_of(recording: object, text: bytes) -> Tags:
+    """Tags of a window: most often those of its recording's last one. To compare takes a tenth of a hash's time."""
+    name = str(recording)
+    last, tags = _last_tags.get(name, (b"", None))
+    if tags is None or last != text:
+        tags = _parse_tags(text)
+        if len(_last_tags) >= MAX_TAGS:
+            _last_tags.clear()
+        _last_tags[name] = text, tags
+    return tags
 
 
 @lru_cache(maxsize=MAX_TAGS)

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,10 @@ import torch
 from manifests.channels import KINDS, ChannelTag, resolve
 from manifests.errors import ConfigError, ContractError
 from trainer.batches import ChannelBatch, Cut, StoredBatch, collate_channels, draw_cuts, generator, stable_hash
-from trainer.read import Tags, Window
+from trainer.data import Order
+from trainer.filters import SampleFilter
+from trainer.read import SnapshotReader, Tags, Window
+from trainer.samples import SnapshotSource, load_streams
 from trainer.views import VIEWS
 
 
@@ -111,6 +116,31 @@ def test_padding_is_zero_also_in_memory_used_before():
         assert batch.signal_BCT[0].any()
         assert not batch.signal_BCT[1].any()
         batch.signal_BCT[:] = 7.0  # what a later batch finds
+
+
+def test_a_batch_that_is_held_stays_as_it_is(tiny_snapshot):
+    """Its memory is lent to no other batch while it lives, in any thread, and is used again after it."""
+    order = Order(
+        load_streams([SnapshotSource(path=str(tiny_snapshot))], split="train", keep=SampleFilter()),
+        seed=5,
+        global_batch=6,
+    )
+    reader = SnapshotReader(order.streams, num_threads=3)
+    stream = reader.stream(order, lambda _, windows: collate_channels(windows, kinds=("eeg", "ecg"), view="zscore"))
+    first, *held = islice(stream, 3)
+    before = [batch.stored_RT.clone() for batch in (first, *held)]
+    addresses = {batch.stored_RT.data_ptr() for batch in (first, *held)}
+    rows = first.stored_RT[4:6]  # a part keeps all of it
+    del first
+    later = set()
+    for batch in islice(stream, 40):
+        later.add(batch.stored_RT.data_ptr())
+        assert not addresses & later
+    assert len(later) < 20
+    assert torch.equal(rows, before[0][4:6])
+    for batch, stored in zip(held, before[1:], strict=True):
+        assert torch.equal(batch.stored_RT, stored)
+    stream.close()
 
 
 def test_windows_that_share_tags_are_told_apart_by_view_and_channels():

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 from upath import UPath
 
@@ -21,7 +20,7 @@ from trainer.data import Order
 from trainer.filters import SampleFilter
 from trainer.loop import pretrain
 from trainer.metrics import read_metrics
-from trainer.read import SnapshotReader
+from trainer.read import SnapshotReader, loaded
 from trainer.samples import SnapshotSource, load_streams, open_snapshot
 from trainer.storage import location
 
@@ -71,7 +70,7 @@ def epoch(path: str, shards: ShardCache | None, *, batches: int = 4) -> list[tup
     try:
         stream = reader.stream(
             order,
-            lambda _, windows: [(w.key, {k: np.asarray(a).tobytes() for k, a in w.arrays.items()}) for w in windows],
+            lambda _, windows: [(w.key, {k: a.tobytes() for k, a in w.arrays.items()}) for w in loaded(windows)],
         )
         return [window for batch in islice(stream, batches) for window in batch]
     finally:

@@ -29,6 +29,15 @@ def test_the_smallest_buffer_that_is_large_enough_is_lent() -> None:
     assert (address_of(second), address_of(first)) == addresses
 
 
+def test_of_equal_buffers_the_one_lent_last_is_lent_again() -> None:
+    buffers = Buffers(limit=3)
+    held = [buffers.take(1000) for _ in range(3)]
+    last = address_of(held[2])
+    del held
+    for _ in range(3):
+        assert address_of(buffers.take(1000)) == last
+
+
 def test_rows_of_a_batch_keep_their_memory_and_give_it_back() -> None:
     rows = stored_rows(3, LENGTH)
     assert rows.dtype == torch.int16
@@ -36,7 +45,8 @@ def test_rows_of_a_batch_keep_their_memory_and_give_it_back() -> None:
     address = rows.data_ptr()
     part = rows[1:]
     del rows
-    assert stored_rows(3, LENGTH).data_ptr() != address  # `part` refers to it
+    other = stored_rows(3, LENGTH)
+    assert other.data_ptr() != address  # `part` refers to it
     del part
-    assert stored_rows(3, LENGTH).data_ptr() == address
+    assert stored_rows(3, LENGTH).data_ptr() == address  # `other` is still held
     assert stored_rows(0, LENGTH).shape == (0, LENGTH)
