@@ -114,6 +114,7 @@ def test_tables_that_cannot_be_told_apart_are_refused(make_ablation, changes, me
     ("override", "message"),
     [
         ("seed=3", "variant 'wrong': seed=3 is the table's"),
+        ("storage=s3://lab/run", r"variant 'wrong': storage: .* would be that of every run"),
         ("lora.rank=3", r"variant 'wrong': lora.rank: no such key; "),
         ("method=full", "variant 'wrong': .*method full trains one task"),
         ("lora.kind=pissa", "variant 'wrong': lora.kind: .*writes its start into the weights of the base"),
