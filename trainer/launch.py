@@ -120,9 +120,11 @@ def run_workers(task: Launch) -> None:
         WorkerGroupError: Workers died more often than `ray.max_failures` allows.
     """
     # For a moment the lock may be held by somebody who only looks whether it is free.
-    with hold(task.run_dir / LAUNCH_LOCK_FILE, patience_s=1.0), _cluster(task):
+    with hold(task.run_dir / LAUNCH_LOCK_FILE, patience_s=1.0):
+        logger.info("starting Ray's workers; their imports take half a minute, the first row of metrics comes after them")
         try:
-            _fit(_trainer(task), task)
+            with _cluster(task):
+                _fit(_trainer(task), task)
         except (ControllerError, WorkerGroupError) as error:
             raise error if (told := first_told(error)) is None else told from None
 

@@ -116,7 +116,8 @@ class Run:
         if self.saved is None:
             data = order_state(self.order, config_digest=self._order_digest, batches_committed=0)
             return Progress(step=0, windows=0, seconds=0.0, loss=None, data=data)
-        if keys := differing_keys(self.config, read_meta(self.saved)["config"]):
+        earlier = read_meta(self.saved)["config"]
+        if keys := differing_keys(self.config, earlier):
             raise ConfigError(
                 f"{self.saved}: of a run with another configuration ({'; '.join(keys)}); set these keys back, or give "
                 "another run_dir and storage"
@@ -124,6 +125,13 @@ class Run:
         progress = load_checkpoint(self.saved, self.model)
         check_state(self.order, progress.data, config_digest=self._order_digest)
         logger.info("going on from %s", self.saved)
+        steps = self.config.steps
+        if rank() == 0 and steps != earlier["steps"] and self.config.optimizer.schedule != "constant":
+            logger.warning(
+                "steps: was %d, is %d; from here on the learning rate is that of a run of %d steps, so the whole is "
+                "another run than one of that length from its beginning",
+                *(earlier["steps"], steps, steps),
+            )
         if rank() == 0 and _exported_step(self.run_dir / ENCODER_FOLDER) != progress.step:
             self._export(self.saved)  # the run died between the checkpoint and its export
         return progress

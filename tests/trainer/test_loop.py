@@ -176,6 +176,16 @@ def test_another_configuration_in_the_same_folder_is_refused_by_key(tiny_config:
     assert pretrain(tiny_config(**free)).step == 3
 
 
+def test_more_steps_are_done_and_the_change_of_the_learning_rate_is_told(
+    tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny_config(steps=2, save_every=2))
+    pretrain(tiny_config(steps=2, save_every=2, log_every=2))
+    assert "learning rate" not in caplog.text
+    assert pretrain(tiny_config(steps=3, save_every=2)).step == 3
+    assert "steps: was 2, is 3; from here on the learning rate is that of a run of 3 steps" in caplog.text
+
+
 def test_another_snapshot_at_the_same_path_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
     write_tiny_snapshot(tmp_path / "own")
     source = {"snapshots": [{"path": str(tmp_path / "own")}]}
