@@ -121,7 +121,9 @@ def run_workers(task: Launch) -> None:
     """
     # For a moment the lock may be held by somebody who only looks whether it is free.
     with hold(task.run_dir / LAUNCH_LOCK_FILE, patience_s=1.0):
-        logger.info("starting Ray's workers; their imports take half a minute, the first row of metrics comes after them")
+        logger.info(
+            "starting Ray's workers; their imports take half a minute, the first row of metrics comes after them"
+        )
         try:
             with _cluster(task):
                 _fit(_trainer(task), task)
