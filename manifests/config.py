@@ -158,13 +158,21 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     lines: list[str] = []
+    listed: set[str] = set()
     for item in error.errors():
         dotted = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             valid = _field_names(model, item["loc"])
             near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=3, cutoff=0.5)
-            hint = f"nearest: {', '.join(near)}" if near else f"valid keys: {', '.join(valid)}"
-            lines.append(f"{where}: {dotted}: no such key; {hint}")
+            keys = ", ".join(valid)
+            if near:
+                hint = f"; nearest: {', '.join(near)}"
+            elif keys in listed:  # once is enough
+                hint = ""
+            else:
+                hint = f"; valid keys: {keys}"
+                listed.add(keys)
+            lines.append(f"{where}: {dotted}: no such key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: {dotted}: this key is required; add it")
         else:

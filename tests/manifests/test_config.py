@@ -84,6 +84,16 @@ def test_a_wrong_key_lists_the_nearest_valid_one(tmp_path: Path) -> None:
         load_config(Run, path)
 
 
+def test_the_valid_keys_are_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nqqq: 1\nxxx: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Run, path)
+    first, second = str(caught.value).splitlines()
+    assert "qqq: no such key; valid keys: " in first
+    assert second.endswith("xxx: no such key")
+
+
 def test_a_wrong_value_names_place_and_value(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: a\noptimizer: {warmup_steps: many}\n")
