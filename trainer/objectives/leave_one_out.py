@@ -18,7 +18,15 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.functional import normalize
 
-from trainer.collectives import all_gather_rows, all_gather_with_grad, gather_sizes, rank, sum_over_ranks, world_size
+from trainer.collectives import (
+    all_gather_rows,
+    all_gather_with_grad,
+    exact,
+    gather_sizes,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from trainer.models.build import Encoder
 from trainer.objectives.modalities import ModalityBatch, ModalityConfig, collate_modalities, merge_groups
 from trainer.read import Window
@@ -83,8 +91,8 @@ class LeaveOneOut(nn.Module):
         }
 
     def loss(self, embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of what `embed` gave and of `log_scale`, in fp32 also where the encoder runs in bf16."""
-        unit_NMD = embedded["embedding_NMD"]
+        """Loss and metrics of what `embed` gave and of `log_scale`, never in bf16 as the encoder may be."""
+        unit_NMD = exact(embedded["embedding_NMD"])
         high = math.inf if self.config.max_scale is None else math.log(self.config.max_scale)
         log_scale = bounded(embedded["log_scale"].to(unit_NMD.dtype), low=0.0, high=high)
         with torch.autocast(unit_NMD.device.type, enabled=False):

@@ -19,7 +19,15 @@ from torch.nn.functional import gelu, normalize
 
 from manifests.errors import ConfigError
 from trainer.batches import ChannelBatch
-from trainer.collectives import all_gather_rows, all_gather_with_grad, gather_sizes, rank, sum_over_ranks, world_size
+from trainer.collectives import (
+    all_gather_rows,
+    all_gather_with_grad,
+    exact,
+    gather_sizes,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from trainer.models.build import Encoder
 from trainer.models.univariate import UnivariateEncoder
 from trainer.objectives.crops import NUM_VIEWS, CropConfig, NtXentBatch, draw_crops, pack_crops
@@ -91,10 +99,10 @@ class NtXent(nn.Module):
         }
 
     def loss(self, embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of what `embed` gave, in fp32 also where the encoder runs in bf16."""
+        """Loss and metrics of what `embed` gave, never in bf16 as the encoder may be."""
         with torch.autocast(embedded["embedding_NVD"].device.type, enabled=False):
             return nt_xent_loss(
-                embedded["embedding_NVD"],
+                exact(embedded["embedding_NVD"]),
                 channel_N=embedded["channel_N"],
                 recording_N=embedded["recording_N"],
                 start_ms_N=embedded["start_ms_N"],
