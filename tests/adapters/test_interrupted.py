@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import ray
 import torch
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 import adapters
@@ -183,19 +180,6 @@ def test_a_worker_of_ray_that_is_killed_comes_back_and_a_stop_leaves_a_checkpoin
     assert_same(config, whole)
 
 
-@contextmanager
-def two_machines() -> Iterator[tuple[Cluster, list[Any]]]:
-    """A Ray cluster: a head without CPUs and two nodes of one CPU each, emulated on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        yield cluster, nodes
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def pid_of(config: AnyConfig, rank: int) -> int:
     return int(Path(config.run_dir, "workers", f"rank-{rank}.pid").read_text())
 
@@ -227,28 +211,6 @@ def test_an_elastic_run_whose_worker_is_killed_ends_as_an_undisturbed_one(make_r
     assert process.returncode == 0, output
     assert "balanced_accuracy" in output
     assert len(list(Path(config.run_dir, "attempts").iterdir())) == 2, "started again once"
-    adapt(whole)
-    assert_alike(config, whole)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1500)
-def test_two_workers_lose_a_machine_and_one_goes_on_to_the_end(make_run: MakeConfig) -> None:
-    with two_machines() as (cluster, nodes):
-        address = {"address": cluster.address, "resize_every_s": 600.0}
-        config = make_run("run", **ELASTIC, num_workers=[1, 2], zero_stage=1, ray=address)
-        with started(config) as process:
-            wait_for_step(config, 9, process)
-            first, lost = pid_of(config, 0), pid_of(config, 1)
-            raylet = psutil.Process(lost).ppid()
-            assert raylet in [node.all_processes["raylet"][0].process.pid for node in nodes]
-            os.kill(raylet, signal.SIGKILL)
-            output, _ = process.communicate(timeout=540)
-    assert process.returncode == 0, output
-    assert pid_of(config, 1) == lost, "there was room for one worker only, which removed its own mark"
-    assert not psutil.pid_exists(first)
-    assert sorted(path.name for path in Path(config.run_dir, "attempts").iterdir()) == ["000001.json", "000002.json"]
-    whole = make_run("whole", **ELASTIC)
     adapt(whole)
     assert_alike(config, whole)
 
