@@ -167,7 +167,7 @@ def _roots(config: Path, plan: Plan) -> list[str]:
 
 def _scan(config: ConvertConfig) -> None:
     result = scan(config.sources)
-    show_scan(result.corpus_rows(), result.channel_rows()[:12], result.rate_rows()[:12])
+    show_scan(result.corpus_rows(), result.channel_rows(), result.rate_rows())
     for row in result.unreadable_rows():
         console.print(f"[yellow]{row['path']}: {row['reason']}[/]: {row['message']}", soft_wrap=True)
 

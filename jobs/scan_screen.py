@@ -52,7 +52,9 @@ def show_scan(corpora: list[dict], channels: list[dict], rates: list[dict], *, l
         name = row["corpus"] or "(no corpus)"
         cells = (row["subjects"], row["recordings"], row["hours"], row["unreadable"], row["megabytes"])
         totals.append((name, *cells, differs))
-    show_table("corpora", ("corpus", "subjects", "recordings", "hours", "unreadable", "MB", "differs"), totals)
+    names = ("corpus", "subjects", "recordings", "hours", "unreadable", "MB", "differs")
+    width = len(names) if any(row["differs"] for row in corpora) else len(names) - 1
+    show_table("corpora", names[:width], [row[:width] for row in totals])
     columns = ("symbol", "kind", "recordings", "share", "hours", "rates in Hz", "units")
     cells = [
         (
