@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -31,10 +32,14 @@ from trainer.checkpoint_store import (
     verify_checkpoint,
     working_name,
 )
+from trainer.config import differences
 from trainer.lock import Fence
 from trainer.storage import answering, is_remote, remove_folder
 
 logger = logging.getLogger(__name__)
+
+Identity = Mapping[str, Any]
+"""Everything that decides the trained numbers of a run, plain data by dotted key."""
 
 TENSORS_FILE = "tensors.safetensors"
 KEPT = 2
@@ -82,7 +87,7 @@ def put_trainable(model: TaskModel, tensors: Mapping[str, torch.Tensor], *, wher
             parameter.copy_(tensors[name])
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fence: Fence, fingerprint: str) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fence: Fence, identity: Identity) -> Path:
     """Commit a checkpoint and remove all but the newest two; returns its folder. Of one rank alone.
 
     Raises:
@@ -92,7 +97,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fence: Fence, finge
     tensors |= {f"best/{name}": tensor for name, tensor in checkpoint.best.items()}
     for name, state in checkpoint.moments.items():
         tensors |= {f"optimizer/{moment}/{name}": state[moment] for moment in MOMENTS}
-    meta = {"progress": asdict(checkpoint.progress), "fingerprint": fingerprint}
+    meta = {"progress": asdict(checkpoint.progress), "identity": identity}
     files = {TENSORS_FILE: save(tensors), META_FILE: json.dumps(meta, indent=1).encode()}
     path = folder / checkpoint_name(checkpoint.progress.step, fence.attempt)
     try:
@@ -110,7 +115,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, fence: Fence, finge
     return path
 
 
-def find_checkpoint(folder: Path, *, fingerprint: str) -> Checkpoint | None:
+def find_checkpoint(folder: Path, *, identity: Identity) -> Checkpoint | None:
     """The newest checkpoint that verifies; a damaged one is set aside. Of one rank alone.
 
     Raises:
@@ -124,7 +129,7 @@ def find_checkpoint(folder: Path, *, fingerprint: str) -> Checkpoint | None:
                 set_aside(path, str(error))
                 continue
             meta = json.loads((path / META_FILE).read_bytes())
-            check_fingerprint(path, meta["fingerprint"], fingerprint)
+            check_identity(path, meta["identity"], identity)
             return _read(path, Progress(**meta["progress"]))
     return None
 
@@ -138,29 +143,29 @@ def _read(path: Path, progress: Progress) -> Checkpoint:
     return Checkpoint(progress=progress, weights=sections["model"], best=sections.get("best", {}), moments=moments)
 
 
-def check_owner(folder: Path, *, fingerprint: str) -> None:
+def check_owner(folder: Path, *, identity: Identity) -> None:
     """ConfigError when the newest checkpoint is another run's: who is not its owner may not even claim it."""
     with answering(folder):
         path = newest_checkpoint(folder)
         if path is None:
             return
         try:
-            found = str(json.loads((path / META_FILE).read_bytes())["fingerprint"])
+            found = dict(json.loads((path / META_FILE).read_bytes())["identity"])
         except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: `find_checkpoint` says so
-    check_fingerprint(path, found, fingerprint)
+    check_identity(path, found, identity)
 
 
 def _entry(content: bytes) -> FileEntry:
     return FileEntry(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def check_fingerprint(path: Path, found: str, expected: str) -> None:
-    """ConfigError when a run folder belongs to another run."""
-    if found != expected:
+def check_identity(path: Path, found: Identity, expected: Identity) -> None:
+    """ConfigError with the keys that differ when a run folder belongs to another run."""
+    if keys := differences(found, expected):
         raise ConfigError(
-            f"{path}: belongs to another configuration, encoder or snapshot ({found[:12]}, now {expected[:12]}); "
-            "set it back, or choose another run_dir and storage"
+            f"{path}: belongs to another configuration, encoder or snapshot ({'; '.join(keys)}); set it back, or "
+            "choose another run_dir and storage"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from adapters.checkpoint import Checkpoint, check_fingerprint, check_owner, find_checkpoint, save_checkpoint
+from adapters.checkpoint import Checkpoint, Identity, check_identity, check_owner, find_checkpoint, save_checkpoint
 from adapters.paths import RESULT_FILE, TRAINED_FILE
 from adapters.update import RunConfig
 from manifests.config import start_run, write_atomically
@@ -37,12 +37,12 @@ class RunFolder:
     Attributes:
         path: Its folder.
         store: Where its checkpoints and its result lie; `path` where the configuration names no storage.
-        fingerprint: Digest of everything that decides the trained numbers.
+        identity: Everything that decides the trained numbers, plain data by dotted key.
     """
 
     path: Path
     store: Path
-    fingerprint: str
+    identity: Identity
 
     @property
     def checkpoints(self) -> Path:
@@ -68,9 +68,9 @@ class RunFolder:
             ConfigError: The checkpoints are those of another configuration, encoder or snapshot.
         """
         # Before anything is claimed or written: the places may be another run's.
-        run_on_rank_zero(lambda: check_owner(self.checkpoints, fingerprint=self.fingerprint))
+        run_on_rank_zero(lambda: check_owner(self.checkpoints, identity=self.identity))
         fence = claim_attempt(self.checkpoints)
-        saved = run_on_rank_zero(lambda: find_checkpoint(self.checkpoints, fingerprint=self.fingerprint))
+        saved = run_on_rank_zero(lambda: find_checkpoint(self.checkpoints, identity=self.identity))
 
         def write_header() -> None:
             start_run(self.path, config)
@@ -90,7 +90,7 @@ class RunFolder:
         if not path.exists():
             return None
         result = json.loads(path.read_bytes())
-        check_fingerprint(path, result["fingerprint"], self.fingerprint)
+        check_identity(path, result["identity"], self.identity)
         return result, load((self.path / TRAINED_FILE).read_bytes())
 
     def fetch_result(self, config: RunConfig) -> Result | None:
@@ -102,7 +102,7 @@ class RunFolder:
             if not path.exists():
                 return None
             content = {name: (self.store / name).read_bytes() for name in (TRAINED_FILE, RESULT_FILE)}
-        check_fingerprint(path, json.loads(content[RESULT_FILE])["fingerprint"], self.fingerprint)
+        check_identity(path, json.loads(content[RESULT_FILE])["identity"], self.identity)
         start_run(self.path, config)
         self._fetch_rows()
         for name, data in content.items():
@@ -138,7 +138,7 @@ class Start:
     def save(self, checkpoint: Checkpoint) -> None:
         """Commit a checkpoint, with the small files beside it in the store. Of the first rank alone."""
         folder = self.folder
-        save_checkpoint(folder.checkpoints, checkpoint, fence=self.fence, fingerprint=folder.fingerprint)
+        save_checkpoint(folder.checkpoints, checkpoint, fence=self.fence, identity=folder.identity)
         folder.send()
 
     def write_result(self, result: Mapping[str, Any], trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Start:
         Of the first rank alone.
         """
         folder = self.folder
-        whole = {"fingerprint": folder.fingerprint, **result}
+        whole = {"identity": folder.identity, **result}
         content = {TRAINED_FILE: save(dict(trained)), RESULT_FILE: (json.dumps(whole, indent=2) + "\n").encode()}
         with answering(folder.store):
             self.fence.check()
@@ -159,10 +159,10 @@ class Start:
         return whole
 
 
-def open_folder(config: RunConfig, *, fingerprint: str) -> RunFolder:
+def open_folder(config: RunConfig, *, identity: Identity) -> RunFolder:
     """Places of a run."""
     path = Path(config.run_dir).absolute()
-    return RunFolder(path=path, store=location(config.storage or path), fingerprint=fingerprint)
+    return RunFolder(path=path, store=location(config.storage or path), identity=identity)
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -32,12 +32,12 @@ from adapters.running import FREE_KEYS, Running
 from adapters.sampling import Share, shares
 from adapters.stream import labelled_batches
 from adapters.update import LabelledBatch, RunConfig, Update, loss_weight, summed_loss
-from manifests.config import digest
 from manifests.errors import ConfigError
 from manifests.tasks import Task, load_task
 from trainer.batches import stable_hash
 from trainer.cache import open_cache
 from trainer.collectives import explained_timeouts, rank, sum_over_ranks
+from trainer.config import flatten
 from trainer.export import load_encoder, read_card
 from trainer.process_group import is_launched, join_group, run_on_rank_zero
 from trainer.samples import SnapshotSource
@@ -46,7 +46,7 @@ from trainer.stopper import Stopper
 logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
-# Keys of a configuration that do not decide the trained numbers, or that the fingerprint holds in another form.
+# Keys of a configuration that do not decide the trained numbers, or that a run's identity holds in another form.
 INCIDENTAL = {"run_dir", "encoder", "tasks", "checkpoint_every", "card"} | FREE_KEYS
 MAX_SKIPPED = 10  # steps without a finite gradient
 
@@ -145,7 +145,7 @@ def train_tasks(
 ) -> dict[str, Any]:
     """The content of `result.json`: the model trained and scored or, if the run is finished already, read back."""
     began = time.monotonic()
-    folder = open_folder(config, fingerprint=_fingerprint(config, data))
+    folder = open_folder(config, identity=_identity(config, data))
     with explained_timeouts(config.collective_timeout_s), _closing_cache(data):
         found = run_on_rank_zero(folder.read_result)
         if found is None:
@@ -175,13 +175,18 @@ def load_data(config: TaskTraining) -> dict[str, TaskData]:
     return data
 
 
-def _fingerprint(config: RunConfig, data: dict[str, TaskData]) -> str:
-    """Digest of everything that decides the trained numbers."""
-    tasks = [
-        [item.task.model_dump(mode="json"), item.batch, [snapshot.digest for snapshot in item.snapshots]]
-        for item in data.values()
-    ]
-    return digest([config.model_dump(mode="json", exclude=INCIDENTAL), read_card(config.encoder).sha256, tasks])
+def _identity(config: RunConfig, data: dict[str, TaskData]) -> dict[str, Any]:
+    """Everything that decides the trained numbers, plain data by dotted key."""
+    tasks = {
+        name: {
+            **item.task.model_dump(mode="json"),
+            "batch": item.batch,
+            "snapshots": [snapshot.digest for snapshot in item.snapshots],
+        }
+        for name, item in data.items()
+    }
+    own = config.model_dump(mode="json", exclude=INCIDENTAL)
+    return flatten({**own, "encoder": read_card(config.encoder).sha256, "tasks": tasks})
 
 
 @contextmanager

@@ -207,6 +207,11 @@ def differing_keys(config: PretrainConfig, earlier: Mapping[str, Any]) -> list[s
     except ValidationError:  # a key or value of an earlier kymo that this one does not know
         then = {key: value for key, value in flatten(earlier).items() if key.partition(".")[0] not in FREE_KEYS}
         then["snapshots"] = [source.get("weight") for source in earlier.get("snapshots", [])]
+    return differences(then, now)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: was → is` for the keys whose values differ; a missing key is None."""
     return [
         f"{key}: {then.get(key)!r} → {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())

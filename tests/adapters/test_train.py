@@ -102,15 +102,15 @@ def test_finished_run_is_not_repeated(make_config, monkeypatch):
 
 def test_run_folder_of_another_configuration_is_refused(make_config):
     adapt(make_config(steps=4))
-    with pytest.raises(ConfigError, match="choose another run_dir"):
-        adapt(make_config(steps=4, seed=1))
+    with pytest.raises(ConfigError, match=r"\(lora\.r: \d+ → 2; seed: 0 → 1\).*choose another run_dir"):
+        adapt(make_config(steps=4, seed=1, lora={"r": 2}))
 
 
 def test_unfinished_run_of_another_configuration_is_refused(make_config):
     config = make_config(steps=4)
     adapt(config)
     (Path(config.run_dir) / "result.json").unlink()
-    with pytest.raises(ConfigError, match="step-000000004-a1: belongs to another configuration"):
+    with pytest.raises(ConfigError, match=r"step-000000004-a1: belongs to another configuration.*\(seed: 0 → 1\)"):
         adapt(make_config(steps=4, seed=1))
     assert len(list(Path(config.run_dir, "attempts").iterdir())) == 1, "what is another run's was claimed"
 
