@@ -14,6 +14,7 @@ from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from trainer.evaluation.windows import Rows
 
@@ -23,6 +24,9 @@ Folds = Literal["split", "subjects"] | int
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the logistic regression, strongest regularisation first
 NEIGHBOURS = (50, 20, 10, 5, 1)
 INNER_FOLDS = 5
+# Numbers in a table of features. The products of a smaller one are so short that threads of BLAS mostly wait for each
+# other: beside other work a fit took thirty times the CPU time.
+THREADS_FROM = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +65,11 @@ def fit_folds(
 
     `features` may hold further copies of all rows after the first: training windows are then taken of all copies.
     """
+    with threadpool_limits(1 if features.size < THREADS_FROM else None, user_api="blas"):
+        return _fit_folds(name, features, rows, folds=folds, seed=seed)
+
+
+def _fit_folds(name: ProbeName, features: np.ndarray, rows: Rows, *, folds: Folds, seed: int) -> list[Fold]:
     fitted = []
     for train, test in split_rows(rows, folds, seed=seed):
         if rows["target"].iloc[train].nunique() < 2 or len(test) == 0:
