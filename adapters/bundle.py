@@ -30,7 +30,7 @@ from trainer.export import load_encoder, read_card
 from trainer.models.build import Encoder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bundle:
     """A bundle ready to predict, its model in evaluation mode."""
 
@@ -38,6 +38,9 @@ class Bundle:
     manifest: Manifest
     model: MultiTaskModel
     records: dict[str, TaskRecord]
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, tasks={list(self.records)})"
 
     def by_recipe(self) -> list[tuple[Recipe, list[str]]]:
         """Recipes of the bundle, each with the tasks that read its windows; every window is kept."""

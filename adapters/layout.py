@@ -35,6 +35,7 @@ CARD_FILE = "README.md"
 FIGURE_FILE = "scores.png"
 BASE_CARD, BASE_WEIGHTS = "base/encoder.json", "base/encoder.safetensors"
 SHARED_FILE = "shared/temporal_encoder.safetensors"
+RECORD_FILE = "task.json"  # of a task's folder, and of a merged model
 LORA_KEY = "lora"  # of rank and scale in the header of an adapter
 
 # What the hub and its client add to a folder; never read.
@@ -149,7 +150,7 @@ def task_files(task: str) -> dict[str, str]:
         "config": f"adapters/{task}/adapter_config.json",
         "adapter": f"adapters/{task}/adapter_model.safetensors",
         "head": f"adapters/{task}/head.safetensors",
-        "record": f"adapters/{task}/task.json",
+        "record": f"adapters/{task}/{RECORD_FILE}",
         "conformance": f"conformance/{task}.safetensors",
     }
 
@@ -176,7 +177,9 @@ def read_manifest(path: Path | str) -> Manifest:
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        raise ConfigError(f"{path}: no {MANIFEST_FILE}; give a folder that kymo adapt --bundle has written")
+        is_merged = (Path(path) / RECORD_FILE).is_file()
+        merged = "a merged model is read by adapters.merge.load_merged; " if is_merged else ""
+        raise ConfigError(f"{path}: no {MANIFEST_FILE}; {merged}give a folder that kymo adapt --bundle has written")
     content = _content(Path(path), MANIFEST_FILE)
     _check_format(file, content)
     manifest = _parse(Manifest, file, content)

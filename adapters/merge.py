@@ -31,7 +31,7 @@ from adapters.config import AdaptConfig
 from adapters.conformance import TOLERANCE, read_conformance
 from adapters.evaluate import collate_task
 from adapters.hub import ANYBODY, Access
-from adapters.layout import BASE_CARD, SHARED_FILE, TaskRecord, read_tensors, task_files, verify_bundle
+from adapters.layout import BASE_CARD, RECORD_FILE, SHARED_FILE, TaskRecord, read_tensors, task_files, verify_bundle
 from adapters.licences import Source, check_merge
 from adapters.model import SHARED, build_head, load_strict
 from adapters.provenance import with_corpora_told
@@ -44,7 +44,7 @@ from trainer.models.build import Encoder
 from trainer.pretrained_on import PretrainedOn
 
 BASE_FOLDER = Path(BASE_CARD).parent
-HEAD_FILE, RECORD_FILE = "head.safetensors", "task.json"
+HEAD_FILE = "head.safetensors"
 
 
 def plan_addition(bundle_dir: Path | str, config: AdaptConfig, *, access: Access = ANYBODY) -> AdaptConfig:

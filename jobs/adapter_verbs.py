@@ -10,6 +10,8 @@ from manifests.config import load_config
 ConfigPath = typer.Argument(help="YAML of the run.", metavar="CONFIG")
 Overrides = typer.Argument(None, help="key=value, e.g. steps=500", metavar="[KEY=VALUE]...")
 
+FEW_SUBJECTS = 10  # whose resampling gives too narrow an interval, as a report of kymo evaluate says too
+
 
 def adapt(
     config: Path = ConfigPath,
@@ -99,13 +101,19 @@ def ablate(
 
 
 def show_task_scores(scores: dict[str, dict]) -> None:
-    """Table of every task's scores on its splits, with chance level and interval over subjects."""
-    rows = []
+    """A table of every task and split: scores with chance level and interval over subjects."""
+    from trainer.evaluation.scores import METRICS
+
     for task, splits in scores.items():
         for split, found in splits.items():
-            for metric, entry in (found or {}).get("metrics", {}).items():
+            if found is None:
+                continue
+            rows = []
+            for metric, entry in found["metrics"].items():
                 interval = " to ".join(f"{bound:.3f}" for bound in entry["interval"]) if entry["interval"] else ""
                 chance = "" if entry["chance"] is None else f"{entry['chance']:.3f}"
                 value = "undefined" if entry["value"] is None else f"{entry['value']:.3f}"
-                rows.append((task, split, metric, value, chance, interval, found["n"], found["subjects"]))
-    show_table("scores", ("task", "split", "metric", "value", "chance", "95 % interval", "windows", "subjects"), rows)
+                rows.append((METRICS[metric], value, chance, interval))
+            few = "; over so few the interval is too narrow" if found["subjects"] < FEW_SUBJECTS else ""
+            title = f"{task}, {split}: {found['n']:,} windows of {found['subjects']} subjects{few}"
+            show_table(title, ("metric", "value", "chance", "95 % interval"), rows)

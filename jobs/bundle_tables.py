@@ -6,15 +6,15 @@ from rich.markup import escape
 
 from adapters.layout import BASE_WEIGHTS, SHARED_FILE, Manifest, TaskRecord, task_files
 from adapters.provenance import hours_of, sources_of
+from jobs.adapter_verbs import show_task_scores
 from jobs.console import console, show_table
-from trainer.evaluation.scores import METRICS
 from trainer.export import EncoderCard
 
 
 def show_bundle(name: str, manifest: Manifest, encoder: EncoderCard, records: Mapping[str, TaskRecord]) -> None:
     """Tables of a bundle whose files are verified."""
     show_table(name, ("task", "labels", "needs", "windows", "adapter", "head"), _tasks(manifest, records))
-    show_table("scores", ("task", "split", "metric", "value", "95 % interval", "chance", "subjects"), _scores(records))
+    show_task_scores({task: record.scores for task, record in records.items()})
     show_table("data", ("task", "split", "windows", "hours", "subjects", "seen in pretraining"), _data(records))
     sources = sources_of(encoder, records)
     show_table("made from", ("what", "name", "licence"), [(s.role, s.name, s.licence or "not stated") for s in sources])
@@ -46,18 +46,6 @@ def _tasks(manifest: Manifest, records: Mapping[str, TaskRecord]) -> list[tuple[
         needs = ", ".join(f"{least} {kind}" for kind, least in record.task.min_channels.items())
         sizes = [f"{manifest.files[files[role]].size / 1000:,.1f} kB" for role in ("adapter", "head")]
         rows.append((task, ", ".join(record.task.labels), needs, f"{record.recipe.window_s} s", *sizes))
-    return rows
-
-
-def _scores(records: Mapping[str, TaskRecord]) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
-    for task, record in records.items():
-        for split, scores in record.scores.items():
-            for metric, entry in (scores or {}).get("metrics", {}).items():
-                interval = " to ".join(f"{bound:.3f}" for bound in entry["interval"]) if entry["interval"] else ""
-                value = "undefined" if entry["value"] is None else f"{entry['value']:.3f}"
-                chance = f"{entry['chance']:.3f}"
-                rows.append((task, split, METRICS[metric], value, interval, chance, scores["subjects"]))
     return rows
 
 

@@ -63,6 +63,7 @@ def test_layout_and_manifest(bundle_dir):
 
 def test_loaded_bundle_gives_the_trained_logits(adapted, bundle_dir):
     bundle = load_bundle(bundle_dir)
+    assert repr(bundle) == f"Bundle({str(bundle_dir)!r}, tasks={list(bundle.records)})"
     for name, record in bundle.records.items():
         windows, _ = read_conformance(bundle_dir / task_files(name)["conformance"])
         batch = collate_task(record.task, windows)

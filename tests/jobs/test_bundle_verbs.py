@@ -83,6 +83,8 @@ def test_a_task_is_merged_into_its_base(kymo, bundle_dir: Path, tmp_path: Path) 
     assert code == 0, text
     assert "the same logits as with the adapter" in text
     assert json.loads((tmp_path / "merged" / "task.json").read_text())["task"]["id"] == "rhythm"
+    assert "read by adapters.merge.load_merged" in " ".join(kymo("bundle", "show", tmp_path / "merged")[1].split())
+    assert "load_merged" not in kymo("bundle", "show", tmp_path)[1]
     code, text = kymo("bundle", "merge", bundle_dir, "snoring", "--out", tmp_path / "other")
     assert code == 2
     assert "bundle has no task 'snoring'" in text
