@@ -78,11 +78,15 @@ class Rows:
 
 
 def describe(row: Mapping[str, Any], *, steps: int) -> str:
-    """One line about a row, such as `adapt 40/200: loss rhythm 0.412; 310 windows/s; 12 s left`."""
-    named = row["loss"] if row["split"] == "train" else {n: next(iter(v.values())) for n, v in row["scores"].items()}
+    """One line about a row, such as `step 40/200: loss rhythm 0.412; 310 windows/s; 12 s left`."""
+    if row["split"] == "train":
+        named = row["loss"]
+    else:
+        firsts = {task: next(iter(scores.items())) for task, scores in row["scores"].items()}
+        named = {f"{task} {metric}": value for task, (metric, value) in firsts.items()}
     texts = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)
     if row["split"] != "train":
-        return f"adapt {row['step']}/{steps}: {row['split']} {texts}"
+        return f"step {row['step']}/{steps}: {row['split']} {texts}"
     skipped = f"; {row['skipped']} steps skipped" if row["skipped"] else ""
     speed = f"{row['windows_per_s']:.0f} windows/s; {row['eta_s']:.0f} s left"
-    return f"adapt {row['step']}/{steps}: loss {texts}{skipped}; {speed}"
+    return f"step {row['step']}/{steps}: loss {texts}{skipped}; {speed}"

@@ -18,7 +18,7 @@ from adapters.checkpoint import Checkpoint, Identity, check_identity, check_owne
 from adapters.paths import RESULT_FILE, TRAINED_FILE
 from adapters.update import RunConfig
 from manifests.config import start_run, write_atomically
-from trainer.checkpoint_store import claim_attempt
+from trainer.checkpoint_store import claim_attempt, newest_checkpoint, step_of
 from trainer.lock import Fence, hold
 from trainer.mirror import fetch, send
 from trainer.paths import CHECKPOINT_FOLDER, LOCK_FILE
@@ -174,3 +174,11 @@ def is_finished(config: RunConfig) -> bool:
     store = location(config.storage)
     with answering(store):
         return (store / RESULT_FILE).exists()
+
+
+def saved_step(config: RunConfig) -> int | None:
+    """Step of the newest checkpoint of a run, None where there is none."""
+    store = location(config.storage or config.run_dir)
+    with answering(store):
+        newest = newest_checkpoint(store / CHECKPOINT_FOLDER)
+    return None if newest is None else step_of(newest)

@@ -12,6 +12,7 @@ from jobs.console import bytes_progress, console, show_table
 from manifests.config import shipped_names
 from manifests.corpora import CORPORA_DIR, Corpus, load_corpus
 from manifests.errors import ConfigError
+from manifests.tasks import TASKS_DIR, load_task
 
 if TYPE_CHECKING:
     from engine.fetch import Fetched
@@ -131,6 +132,9 @@ def fetch(
     convert = f"{_overrides(corpus)} output=shards/{corpus.id} {shlex.quote(sources)}"
     console.print(f"Look:    kymo scan {shlex.quote(str(to))} --corpus {name}", markup=False, soft_wrap=True)
     console.print(f"Convert: kymo convert {convert}", markup=False, soft_wrap=True)
+    for task in map(load_task, shipped_names(TASKS_DIR)):
+        if corpus.id in task.corpora and task.recipe is not None:
+            console.print(f"Task {task.id}: convert with recipe={task.recipe}", markup=False, soft_wrap=True)
 
 
 def _show_fetched(found: "Fetched", to: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that learns tasks: in this process, as one of torchrun's ranks, or on workers that Ray starts."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -7,11 +8,13 @@ from typing import Any, TypeVar
 from adapters.config import AdaptConfig, FinetuneConfig
 from adapters.finetune import FinetuneResult, finetune
 from adapters.rows import describe
-from adapters.run_folder import is_finished
+from adapters.run_folder import is_finished, saved_step
 from adapters.train import AdaptResult, adapt
 from adapters.update import Update
 from trainer.process_group import is_launched
 from trainer.storage import location
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", AdaptConfig, FinetuneConfig)
 
@@ -52,6 +55,8 @@ def _on_workers(config: ConfigT) -> ConfigT:
     config = _with_absolute_paths(config)
     run_dir = Path(config.run_dir)
     kind = "adapt" if isinstance(config, AdaptConfig) else "finetune"
+    if (step := saved_step(config)) is not None:
+        logger.info("going on after step %d", step)
     run_workers(
         Launch(
             work=learn_on_worker,

@@ -90,7 +90,8 @@ def simulate(
         ("an epoch", f"{found.epoch_samples:,} samples, {found.epoch_hours:,.1f} h"),
         (
             "a step",
-            f"{found.bytes_per_step / 1e6:,.1f} MB in {found.step_s:.3f} s at {found.windows_per_s:,.0f} windows/s",
+            f"{found.bytes_per_step / 1e6:,.1f} MB in {found.step_s:.3f} s at {found.windows_per_s:,.0f} windows/s"
+            + ("" if windows_per_s else f", which {hours_per_hour:,.0f} hours of signal in an hour are"),
         ),
         ("read", f"{found.read_mb_s:,.1f} MB/s of whole windows{disk}"),
         ("hot shards", f"{found.hot_shards:,}, {found.hot_bytes / GB:,.2f} GB"),

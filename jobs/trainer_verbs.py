@@ -35,9 +35,11 @@ def pretrain(
     console.print(f"step {result.step} of {settings.steps}{loss}; encoder: {result.encoder}", soft_wrap=True)
     if result.evaluation:
         show_scores("retrieval among held-out windows", result.evaluation)
-    if not result.is_finished:
-        console.print("stopped early; run the same command again to go on")
-        raise typer.Exit(0 if result.step == settings.stop_at else 130)
+    if result.is_finished:
+        return
+    if result.step != settings.stop_at:
+        raise typer.Exit(130)
+    console.print("stopped early, as stop_at says; run the same command again to go on")
 
 
 def show_scores(title: str, scores: dict[str, float]) -> None:

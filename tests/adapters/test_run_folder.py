@@ -14,7 +14,8 @@ from upath import UPath
 from adapters import train
 from adapters.checkpoint import TENSORS_FILE, copy_trainable
 from adapters.config import AdaptConfig
-from adapters.rows import CLOCK
+from adapters.rows import CLOCK, describe
+from adapters.run_folder import saved_step
 from adapters.status import is_learn_run, learn_status
 from adapters.train import adapt
 from jobs.cli import app
@@ -79,7 +80,9 @@ def assert_same(result: Any, expected: Any) -> None:
 def test_a_fresh_machine_goes_on_from_the_store_and_a_third_has_nothing_to_do(make_run, store, monkeypatch):
     whole = adapt(make_run("whole"))
     first, second, third = (make_run(name, storage=store) for name in ("first", "second", "third"))
+    assert saved_step(first) is None
     stop_at(3, first)
+    assert saved_step(second) == 3
     assert not Path(first.run_dir, "checkpoints").exists(), "the checkpoints lie in the store alone"
     steps = steps_trained(monkeypatch)
     result = adapt(second)
@@ -92,6 +95,13 @@ def test_a_fresh_machine_goes_on_from_the_store_and_a_third_has_nothing_to_do(ma
     assert json.loads(Path(third.run_dir, "result.json").read_text())["scores"] == whole.scores
     # The first one, which stopped at step 3, learns it from the store as well.
     assert_same(adapt(first), whole)
+
+
+def test_a_row_is_told_with_the_metric_that_it_is_of():
+    scores = {"staging": {"kappa": 0.992, "auroc": 1.0}, "rhythm": {"auroc": None}}
+    assert describe({"step": 4, "split": "val", "scores": scores}, steps=9) == "step 4/9: val staging kappa 0.992"
+    row = {"step": 4, "split": "train", "loss": {"a": 0.5}, "skipped": 1, "windows_per_s": 7.0, "eta_s": 3.0}
+    assert describe(row, steps=9) == "step 4/9: loss a 0.500; 1 steps skipped; 7 windows/s; 3 s left"
 
 
 def test_a_run_is_seen_from_its_store(make_run, store):

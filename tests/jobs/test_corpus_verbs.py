@@ -77,6 +77,7 @@ def test_fetch_then_the_commands_that_it_prints(
     assert "Cite: Moody and Mark" in text
     assert re.search(r"3 files came \([\d.]+ MB\), 0 were there", text)
     assert "0 files came (0.0 MB), 3 were there" in kymo(*command)[1]
+    assert re.search(r"Task af: convert with recipe=ecg128\s", text)
     look, convert = (shlex.split(re.search(rf"{word}: +kymo (.*)", text)[1]) for word in ("Look", "Convert"))
     code, shown = kymo(*look)
     assert code == 0

@@ -58,6 +58,7 @@ def test_wrong_input_is_one_message(kymo, places, tmp_path) -> None:
         ((encoder, *nothing), "no_shards"),
         ((encoder,), "name snapshots with --data"),
         ((encoder, "--data", shards, "--tasks", "nothing"), "nothing"),
+        ((encoder, "--data", shards, "--tasks", "rhythm"), "name other tasks or snapshots"),
         ((encoder, "--data", shards, "--tasks", "wake_deep", "--folds", "some"), "folds"),
         ((encoder, "scratch_seeds=[]"), "scratch_seeds"),
     ):

@@ -143,7 +143,8 @@ def plan_tasks(
             planned.append(settings)
     if not planned:
         reasons = "; ".join(why_not) or "the snapshots of the encoder's pretraining are not known"
-        raise ConfigError(f"{config.run}: no task to evaluate ({reasons}); name snapshots with --data, or write a YAML")
+        remedy = "name other tasks or snapshots" if snapshots else "name snapshots with --data"
+        raise ConfigError(f"{config.run}: no task to evaluate ({reasons}); {remedy}, or write a YAML")
     return planned
 
 
