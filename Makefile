@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # A path to real recordings for `make demo`; empty = synthesise a small corpus.
 DATA ?=
 OUT ?= demo
+FOLDERS ?= 20
 
 .PHONY: demo test slow soak check bench format clean
 demo: $(VENV)/.ready
@@ -18,9 +19,9 @@ test: $(VENV)/.ready
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 
-# What takes many minutes: a hundred kills at random moments of conversions.
+# What takes many minutes: five kills at random moments of a conversion into each of so many folders.
 soak: $(VENV)/.ready
-	$(BIN)/python -m pytest -m soak -s
+	KYMO_SOAK_FOLDERS=$(FOLDERS) $(BIN)/python -m pytest -m soak -s
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
