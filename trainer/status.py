@@ -172,11 +172,12 @@ def _ended(beat: Heartbeat, *, steps: int, is_driven: bool) -> tuple[str, str]:
 def _resume(run_dir: Path, config: Mapping[str, Any], beat: Heartbeat | None) -> str:
     """The command that goes on the way that the run was carried out; a run that tells nothing goes on under Ray."""
     file, place = run_dir / CONFIG_FILE, ""
-    told, here = Path(config["run_dir"]), Path(run_dir).absolute()
-    depth = len(told.parts)
-    if not is_remote(run_dir) and told.absolute() != here and here.parts[-depth:] == told.parts:
-        # Its paths are relative to where it was started.
-        file, place = told / CONFIG_FILE, f"cd {shlex.quote(str(Path(*here.parts[:-depth])))} && "
+    if not is_remote(run_dir):
+        told, here = Path(config["run_dir"]), run_dir.absolute()
+        depth = len(told.parts)
+        if told.absolute() != here and here.parts[-depth:] == told.parts:
+            # Its paths are relative to where it was started.
+            file, place = told / CONFIG_FILE, f"cd {shlex.quote(str(Path(*here.parts[:-depth])))} && "
     config_file = shlex.quote(str(file))
     if beat is None or beat.launcher == RAY:
         return f"{place}kymo pretrain {config_file}"

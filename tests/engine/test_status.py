@@ -60,8 +60,10 @@ def test_a_finished_conversion(converted: ConvertConfig, tmp_path: Path) -> None
     assert done.num_waived == 0
     waive(converted.output, [], note="accepted", reason="TRUNCATED")
     assert status(converted.output).num_waived == 1
-    with pytest.raises(ConfigError, match=r"no plan\.jsonl"):
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
         status(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no plan\.jsonl"):
+        status(tmp_path)
 
 
 def test_units_wait_fail_and_are_marked(pending: tuple[Path, str], converted: ConvertConfig) -> None:
