@@ -215,6 +215,8 @@ def test_two_downloads_into_one_folder_are_refused(server: Any, tmp_path: Path) 
 def test_the_same_command_goes_on_after_a_blow(server: Any, tmp_path: Path, blow: signal.Signals) -> None:
     server.hold = threading.Event()
     code = (
+        # Who was started in the background by a shell ignores Ctrl-C, and so do its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from engine.fetch import fetch; from manifests.corpora import Corpus\n"
         "corpus = Corpus.model_validate_json(sys.argv[1])\n"
         "fetch(corpus, Path(sys.argv[2]), base_url=sys.argv[3], only=['a/100*'], jobs=2)"
