@@ -155,7 +155,7 @@ def test_ranks_of_torchrun_that_are_killed_go_on_from_the_checkpoint(make_run: M
     for item in (config, whole):
         code, output = finish(item, verb=torchrun(2))
         assert code == 0, output
-    assert output.count("balanced_accuracy") == 4, "one rank speaks for all, of two tasks on two splits"
+    assert output.count("balanced accuracy") == 4, "one rank speaks for all, of two tasks on two splits"
     assert_same(config, whole)
 
 
@@ -176,7 +176,7 @@ def test_a_worker_of_ray_that_is_killed_comes_back_and_a_stop_leaves_a_checkpoin
     for item, verb in ((whole, torchrun(2)), (config, VERB)):  # Ray changes nothing of the numbers
         code, output = finish(item, verb=verb)
         assert code == 0, output
-    assert "balanced_accuracy" in output
+    assert "balanced accuracy" in output
     assert_same(config, whole)
 
 
@@ -209,7 +209,7 @@ def test_an_elastic_run_whose_worker_is_killed_ends_as_an_undisturbed_one(make_r
         os.kill(pid_of(config, 1), signal.SIGKILL)
         output, _ = process.communicate(timeout=540)
     assert process.returncode == 0, output
-    assert "balanced_accuracy" in output
+    assert "balanced accuracy" in output
     assert len(list(Path(config.run_dir, "attempts").iterdir())) == 2, "started again once"
     adapt(whole)
     assert_alike(config, whole)
