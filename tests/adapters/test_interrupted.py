@@ -105,6 +105,10 @@ def newest_step(config: AdaptConfig) -> int:
     return step_of(newest)
 
 
+def pid_of(config: AnyConfig, rank: int) -> int:
+    return int(Path(config.run_dir, "workers", f"rank-{rank}.pid").read_text())
+
+
 def test_killed_or_stopped_the_same_command_ends_with_the_same_bits(make_run: MakeConfig) -> None:
     config, whole = make_run("run"), make_run("whole")
     with started(config) as process:
@@ -166,7 +170,7 @@ def test_a_worker_of_ray_that_is_killed_comes_back_and_a_stop_leaves_a_checkpoin
     config, whole = make_run("run", **settings), make_run("whole", **settings)
     with started(config) as process:
         wait_for_step(config, 9, process)
-        os.kill(int(Path(config.run_dir, "workers", "rank-1.pid").read_text()), signal.SIGKILL)
+        os.kill(pid_of(config, 1), signal.SIGKILL)
         wait_for_step(config, 30, process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=300)
@@ -178,10 +182,6 @@ def test_a_worker_of_ray_that_is_killed_comes_back_and_a_stop_leaves_a_checkpoin
         assert code == 0, output
     assert "balanced accuracy" in output
     assert_same(config, whole)
-
-
-def pid_of(config: AnyConfig, rank: int) -> int:
-    return int(Path(config.run_dir, "workers", f"rank-{rank}.pid").read_text())
 
 
 def assert_alike(config: AnyConfig, expected: AnyConfig) -> None:
