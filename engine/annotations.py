@@ -114,11 +114,38 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
     Raises:
         RecordingError: `ANNOTATION_INVALID` if the corpus promises labels that cannot be found or read.
     """
+    return make_labels(recording, corpus, read_raw(recording, corpus))
+
+
+def read_raw(recording: Recording, corpus: Corpus) -> list[Sequence[Annotation] | None]:
+    """Labels as the source of each rule states them; None where there are none and none are required.
+
+    Raises:
+        RecordingError: `ANNOTATION_INVALID` for labels that cannot be found or read.
+    """
+    return [_raw(recording, corpus, rule) for rule in corpus.annotation_rules]
+
+
+def unmapped_texts(corpus: Corpus, raws: Sequence[Sequence[Annotation] | None]) -> dict[str, int]:
+    """How often each text of `read_raw` comes up that the corpus file does not list."""
+    unmapped: Counter[str] = Counter()
+    for rule, raw in zip(corpus.annotation_rules, raws, strict=True):
+        siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
+        if raw is not None and siblings[0] is rule:
+            unmapped.update(label.text for label in raw if not any(other.lists(label.text) for other in siblings))
+    return dict(unmapped)
+
+
+def make_labels(recording: Recording, corpus: Corpus, raws: Sequence[Sequence[Annotation] | None]) -> Labels:
+    """`read_labels` from what `read_raw` gave.
+
+    Raises:
+        RecordingError: `ANNOTATION_INVALID` for a scoring that makes no sense.
+    """
     by_target: dict[str, list[Annotation]] = {"stage": [], "events": [], "classes": []}
     missing: list[str] = []
     scoring = None
-    raws = [_raw(recording, corpus, rule) for rule in corpus.annotation_rules]
-    unmapped = _unmapped(corpus, raws)
+    unmapped = unmapped_texts(corpus, raws)
     for rule, raw in zip(corpus.annotation_rules, raws, strict=True):
         if raw is None:
             missing.append(rule.source)
@@ -129,35 +156,17 @@ def read_labels(recording: Recording, corpus: Corpus) -> Labels:
         if rule.target == "stage" and rule.source != "none":
             scoring = score(found, recording.segments, rule.epoch_s, path=recording.path)
     if unmapped:
-        logger.debug("%s: texts not in the corpus file: %s", recording.path, dict(unmapped))
+        logger.debug("%s: texts not in the corpus file: %s", recording.path, unmapped)
     if scoring and scoring.scored_s:
         logger.debug("%s: %s", recording.path, scoring.summary())
     return Labels(
         stages=scoring.stages if scoring else (),
         events=tuple(sorted(by_target["events"], key=lambda found: found.onset)),
         classes=tuple(dict.fromkeys(found.text for found in by_target["classes"])),
-        unmapped=dict(unmapped),
+        unmapped=unmapped,
         missing=tuple(missing),
         scoring=scoring,
     )
-
-
-def unmapped_texts(recording: Recording, corpus: Corpus) -> dict[str, int]:
-    """How often each text comes up that the corpus file does not list, also where the rest makes no sense.
-
-    Raises:
-        RecordingError: `ANNOTATION_INVALID` for labels that cannot be found or read.
-    """
-    return _unmapped(corpus, [_raw(recording, corpus, rule) for rule in corpus.annotation_rules])
-
-
-def _unmapped(corpus: Corpus, raws: Sequence[Sequence[Annotation] | None]) -> Counter[str]:
-    unmapped: Counter[str] = Counter()
-    for rule, raw in zip(corpus.annotation_rules, raws, strict=True):
-        siblings = [other for other in corpus.annotation_rules if _same_file(other, rule)]
-        if raw is not None and siblings[0] is rule:
-            unmapped.update(label.text for label in raw if not any(other.lists(label.text) for other in siblings))
-    return unmapped
 
 
 def _raw(recording: Recording, corpus: Corpus, rule: AnnotationRule) -> Sequence[Annotation] | None:

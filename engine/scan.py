@@ -11,7 +11,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from engine.annotations import read_labels, unmapped_texts
+from engine.annotations import make_labels, read_raw, unmapped_texts
 from engine.config import Source
 from engine.copies import local_copy, local_tables
 from engine.files import by_suffix, companions, corpus_files, identity_of, is_unlisted, left_out, refuse_foreign_names
@@ -200,8 +200,9 @@ def _read(
         unmapped: dict[str, int] = {}
         try:
             if survey:
-                unmapped = unmapped_texts(recording, corpus)
-                read_labels(recording, corpus)
+                raws = read_raw(recording, corpus)
+                unmapped = unmapped_texts(corpus, raws)
+                make_labels(recording, corpus, raws)  # tells what a conversion would refuse
         except RecordingError as error:
             return recording, unmapped, str(error).replace(str(here), str(root))
         return recording, unmapped, ""
