@@ -159,8 +159,8 @@ def status(
     place = location(folder)
 
     def is_starting() -> bool:
-        is_told = learn_status.is_learn_run(place) or run_status.is_run(place)
-        return not is_told and not is_remote(place) and is_held(place / LAUNCH_LOCK_FILE)
+        is_driven = not is_remote(place) and is_held(place / LAUNCH_LOCK_FILE)  # a store is not asked for it
+        return is_driven and not (learn_status.is_learn_run(place) or run_status.is_run(place))
 
     if is_starting():
         console.print(f"{place}: a run is starting under Ray and has not written anything yet", soft_wrap=True)
