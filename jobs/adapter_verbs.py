@@ -10,8 +10,6 @@ from manifests.config import load_config
 ConfigPath = typer.Argument(help="YAML of the run.", metavar="CONFIG")
 Overrides = typer.Argument(None, help="key=value, e.g. steps=500", metavar="[KEY=VALUE]...")
 
-FEW_SUBJECTS = 10  # whose resampling gives too narrow an interval, as a report of kymo evaluate says too
-
 
 def adapt(
     config: Path = ConfigPath,
@@ -102,6 +100,7 @@ def ablate(
 
 def show_task_scores(scores: dict[str, dict]) -> None:
     """A table of every task and split: scores with chance level and interval over subjects."""
+    from trainer.evaluation.bootstrap import FEW_SUBJECTS
     from trainer.evaluation.scores import METRICS
 
     for task, splits in scores.items():

@@ -8,6 +8,7 @@ import numpy as np
 REPLICATES = 1000
 # With fewer persons not even all of them going one way is unlikely by chance: 2 x 0.5^5 > 0.05 (sign test).
 MIN_SUBJECTS = 6
+FEW_SUBJECTS = 10  # resampling fewer gives too narrow an interval
 CELLS = 1 << 14  # draws x windows that are ranked together: arrays that a processor core keeps at hand
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from manifests.config import dump_yaml, write_atomically
+from trainer.evaluation.bootstrap import FEW_SUBJECTS
 from trainer.evaluation.scores import METRICS
 from trainer.evaluation.seen import sentence as seen_sentence
 
@@ -53,6 +54,7 @@ def render(scores: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         tested={name: digest for task in scores["tasks"] for name, digest in task["snapshots"].items()},
         config_text=dump_yaml(scores["config"]),
         metrics=METRICS,
+        few_subjects=FEW_SUBJECTS,
         shown=SHOWN,
         sentences=sentences,
         seen_sentence=seen_sentence,
